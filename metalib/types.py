@@ -1,0 +1,55 @@
+"""The types every part of metalib speaks, and the legend of shapes.
+
+    T      tasks in a batch (the leading axis of everything that belongs to a task)
+    way    classes in a task             shot   support images per class
+    S      way * shot, support images    Q      way * query, query images
+    B      images of one task, S or Q    H, W   height and width in pixels
+
+Meta-parameters have their own shape, (*shape); weights adapted to tasks have (T, *shape). Tasks are independent, so the
+gradient of the summed loss holds every task's own gradient, and "for each task" needs no Python loop.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+Params = dict[str, Tensor]
+TaskLoss = Callable[[Params, Tensor, Tensor], Tensor]
+"""(weights (T, *shape), x (T, B, ...), y (T, B)) -> mean loss of each task, (T,)."""
+
+Watch = Callable[[Params], None]
+"""Is shown the weights (T, *shape) after 0, 1, 2, ... inner steps."""
+
+
+class TaskBatch(NamedTuple):
+    """T tasks. Labels are positions within the task; `classes` says which class of the split each stands for."""
+
+    support_x: Tensor  # (T, S, 1, H, W) float, ink 1 on paper 0
+    support_y: Tensor  # (T, S) int64 in [0, way)
+    query_x: Tensor  # (T, Q, 1, H, W)
+    query_y: Tensor  # (T, Q)
+    classes: Tensor | None = None  # (T, way) int64
+
+
+class MetaGradient(NamedTuple):
+    """What an algorithm returns: a gradient for the outer optimiser, never a step."""
+
+    grads: Params  # names and shapes of the meta-parameters
+    query_loss: Tensor  # (T,), after adaptation, detached
+
+
+class MetaLearner(Protocol):
+    """A meta-learning algorithm. It knows neither networks nor images, and keeps nothing between calls."""
+
+    def init(self, params: Params) -> Params:
+        """Meta-parameters from the network's initial weights; a learner may add its own, such as inner rates."""
+        ...
+
+    def adapt(self, loss: TaskLoss, params: Params, x: Tensor, y: Tensor, watch: Watch | None = None) -> Params:
+        """Adapted weights (T, *shape) from meta-parameters and support x (T, S, ...), y (T, S), without a graph."""
+        ...
+
+    def meta_gradient(self, loss: TaskLoss, params: Params, tasks: TaskBatch, progress: Tensor | None = None) -> MetaGradient:
+        """Gradient of the mean query loss over tasks; `progress`, 0-dim in [0, 1], is the part of training done."""
+        ...

@@ -1,0 +1,98 @@
+"""Tasks with known answers, and slow references to compare with."""
+
+import torch
+import torch.nn.functional as F
+from ruamel.yaml import YAML
+from torch import Tensor
+
+from metalib import algorithms, tree
+from metalib.models.conv4 import Conv4
+from metalib.types import MetaLearner, Params, TaskBatch
+
+
+def line_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
+    """Half the squared error of y = w . x, summed over the set. w (T, d), x (T, B, d), y (T, B)."""
+    return 0.5 * ((torch.einsum("tbd,td->tb", x, params["w"]) - y) ** 2).sum(1)
+
+
+def smooth_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of a small tanh network: no kinks, so finite differences can be trusted. x (T, B, 3), y (T, B)."""
+    hidden = torch.tanh(torch.einsum("tbd,thd->tbh", x, params["a"]) + params["b"].unsqueeze(1))
+    logits = torch.einsum("tbh,tch->tbc", hidden, params["head.weight"]) + params["head.bias"].unsqueeze(1)
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(1)
+
+
+def smooth_problem(tasks: int = 4, way: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Params, TaskBatch]:
+    """Weights and tasks for `smooth_loss`."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
+
+    params = {"a": normal(5, 3), "b": normal(5), "head.weight": normal(way, 5), "head.bias": normal(way)}
+    labels = torch.arange(way).repeat_interleave(2).expand(tasks, -1)
+    return params, TaskBatch(normal(tasks, 2 * way, 3), labels, normal(tasks, 2 * way, 3), labels)
+
+
+def image_batch(tasks: int, way: int, shot: int, query: int, dtype: torch.dtype = torch.float64, size: int = 28) -> TaskBatch:
+    """Random drawings: about a tenth of the pixels is ink."""
+    random = torch.Generator().manual_seed(1)
+
+    def images(count: int) -> Tensor:
+        return (torch.rand(tasks, count, 1, size, size, generator=random) < 0.1).to(dtype)
+
+    def labels(each: int) -> Tensor:
+        return torch.arange(way).repeat_interleave(each).expand(tasks, -1)
+
+    return TaskBatch(images(way * shot), labels(shot), images(way * query), labels(query))
+
+
+def network(dtype: torch.dtype = torch.float64, way: int = 5, **choices: object) -> tuple[Conv4, Params]:
+    """A Conv4 with weights that are no special case: batch norm's scale and shift differ from 1 and 0."""
+    net = Conv4(way=way, **choices)  # type: ignore[arg-type]
+    random = torch.Generator().manual_seed(0)
+    weights = {
+        name: value + 0.1 * torch.randn(value.shape, generator=random) if value.ndim == 1 else value
+        for name, value in net.init(random).items()
+    }
+    return net, {name: value.to(dtype) for name, value in weights.items()}
+
+
+def task(batch: TaskBatch, t: int) -> TaskBatch:
+    """Task t alone, as a batch of one."""
+    return TaskBatch(*(None if part is None else part[t : t + 1] for part in batch))
+
+
+def objective(learner: MetaLearner, loss: object, params: Params, batch: TaskBatch) -> float:
+    """The query loss after adaptation, mean over tasks: what MAML minimises."""
+    phi = learner.adapt(loss, params, batch.support_x, batch.support_y)  # type: ignore[arg-type]
+    return float(loss(phi, batch.query_x, batch.query_y).detach().mean())  # type: ignore[operator]
+
+
+def slope(f: object, params: Params, direction: Params, step: float = 1e-5) -> float:
+    """Central difference of f(params) along `direction`."""
+    ahead, behind = (tree.axpy(sign * step, direction, params) for sign in (1.0, -1.0))
+    return (f(ahead) - f(behind)) / (2 * step)  # type: ignore[operator]
+
+
+def directions(params: Params, count: int = 5) -> list[Params]:
+    random = torch.Generator().manual_seed(3)
+    return [
+        {name: torch.randn(value.shape, generator=random, dtype=value.dtype) for name, value in params.items()}
+        for _ in range(count)
+    ]
+
+
+def inner_product(a: Params, b: Params) -> float:
+    return float(sum((a[name] * b[name]).sum() for name in a))
+
+
+def hyper(name: str) -> dict[str, object]:
+    """The learner's hyper-parameters of params.yaml, so that a new algorithm needs no edit here."""
+    with open("params.yaml") as file:
+        section = YAML(typ="safe").load(file)["algorithms"][name]["quick"]["common"]
+    return {key: value for key, value in section.items() if key not in ("network", "outer", "test")}
+
+
+def build(name: str, **changes: object) -> MetaLearner:
+    return algorithms.build(name, hyper(name) | changes)
