@@ -1,0 +1,271 @@
+"""Convolution, batch norm and ReLU for T tasks at once, each with its own weights, twice differentiable and fast.
+
+Layout. Activations are "wide": (B, H, W, T * C), the tasks as groups of channels, so that one grouped convolution serves
+all tasks, or one bmm over the same memory. Kernels are (T, C_out, 3, 3, C_in). Convolutions have 3 x 3 taps and padding 1.
+
+Why hand-written. Second-order meta-learning differentiates a backward pass, and PyTorch's own second derivative of a
+convolution is slow; of batch norm it is a long chain of small operations. Here each is an autograd Function whose backward
+is made of Functions again, so a double backward runs the same fast kernels. Third derivatives are refused, not wrong.
+The tests compare all of it with `conv4.plain`, value, gradient and Hessian-vector product, in float64.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+EPS = 1e-5  # of batch norm, PyTorch's default
+
+
+# ------------------------------------------------------------------------------------------------ convolution
+# A convolution y = conv(x, w) is bilinear, and so are the two halves of its derivative, grad_input(g, w) and
+# grad_kernel(x, g). The derivative of each of the three is made of the other two:
+#   conv'        at (x, w) against g:  grad_input(g, w),  grad_kernel(x, g)
+#   grad_input'  at (g, w) against u:  conv(u, w),        grad_kernel(u, g)
+#   grad_kernel' at (x, g) against v:  grad_input(g, v),  conv(x, v)
+
+
+class Conv(Function):
+    """x (B, H, W, T*C_in), w (T, C_out, 3, 3, C_in) -> (B, H', W', T*C_out), H' = ceil(H / stride)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, stride: int) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.stride = stride
+        return F.conv2d(_channels_first(x), _grouped(w), None, stride, 1, 1, len(w)).permute(0, 2, 3, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, w = ctx.saved_tensors
+        (g,) = grads
+        to_x, to_w, _ = ctx.needs_input_grad
+        return (
+            GradInput.apply(g, w, x.shape, ctx.stride) if to_x else None,
+            GradKernel.apply(x, g, w.shape, ctx.stride) if to_w else None,
+            None,
+        )
+
+
+class GradInput(Function):
+    """g (B, H', W', T*C_out), w -> gradient with respect to x, of shape `shape`."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, w: Tensor, shape: torch.Size, stride: int) -> Tensor:
+        ctx.save_for_backward(g, w)
+        ctx.stride = stride
+        g = g.contiguous()
+        if shape[1] <= 4:
+            return _grad_input_by_taps(g, w, shape, stride)
+        x = g.new_empty(shape).permute(0, 3, 1, 2)  # only its shape and strides are read
+        return torch.ops.aten.convolution_backward(
+            _channels_first(g), x, _grouped(w), None, [stride, stride], [1, 1], [1, 1], False, [0, 0], len(w),
+            [True, False, False],
+        )[0].permute(0, 2, 3, 1)  # fmt: skip
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        g, w = ctx.saved_tensors
+        (u,) = grads
+        to_g, to_w, *_ = ctx.needs_input_grad
+        return (
+            Conv.apply(u, w, ctx.stride) if to_g else None,
+            GradKernel.apply(u, g, w.shape, ctx.stride) if to_w else None,
+            None,
+            None,
+        )
+
+
+class GradKernel(Function):
+    """x (B, H, W, T*C_in), g (B, H', W', T*C_out) -> gradient with respect to w, (T, C_out, 3, 3, C_in)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, g: Tensor, shape: torch.Size, stride: int) -> Tensor:
+        ctx.save_for_backward(x, g)
+        ctx.shape, ctx.stride = shape, stride
+        x, g = x.contiguous(), g.contiguous()
+        tasks, c_out, _, _, c_in = shape
+        if x.shape[0] <= 10 or x.shape[1] <= 7:
+            rows = _patches(x, tasks, stride)  # (T, B*H'*W', 9*C_in)
+            return torch.bmm(g.view(-1, tasks, c_out).permute(1, 2, 0), rows).view(shape)
+        w = g.new_empty(tasks * c_out, 3, 3, c_in).permute(0, 3, 1, 2)  # only its shape and strides are read
+        return (
+            torch.ops.aten.convolution_backward(
+                _channels_first(g), _channels_first(x), w, None, [stride, stride], [1, 1], [1, 1], False, [0, 0], tasks,
+                [False, True, False],
+            )[1].permute(0, 2, 3, 1).reshape(shape)
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, g = ctx.saved_tensors
+        (v,) = grads
+        to_x, to_g, *_ = ctx.needs_input_grad
+        return (
+            GradInput.apply(g, v, x.shape, ctx.stride) if to_x else None,
+            Conv.apply(x, v, ctx.stride) if to_g else None,
+            None,
+            None,
+        )
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.contiguous().permute(0, 3, 1, 2)
+
+
+def _grouped(w: Tensor) -> Tensor:
+    """(T, C_out, 3, 3, C_in) -> (T*C_out, C_in, 3, 3) in channels-last memory, as a grouped convolution wants it."""
+    return w.reshape(-1, *w.shape[2:]).permute(0, 3, 1, 2)
+
+
+def _patches(x: Tensor, tasks: int, stride: int) -> Tensor:
+    """(B, H, W, T*C) -> (T, B*H'*W', 9*C): the nine neighbours of every output position."""
+    images, height, width, channels = x.shape
+    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
+    windows = padded.unfold(1, 3, stride).unfold(2, 3, stride)  # (B, H', W', T*C, 3, 3)
+    windows = windows.unflatten(3, (tasks, channels // tasks))
+    return windows.permute(3, 0, 1, 2, 5, 6, 4).reshape(tasks, -1, 9 * (channels // tasks))
+
+
+def _grad_input_by_taps(g: Tensor, w: Tensor, shape: torch.Size, stride: int) -> Tensor:
+    """GradInput on small maps: one bmm for all nine taps, which are then added where they belong."""
+    images, h, v, _ = g.shape
+    tasks, c_out, _, _, c_in = w.shape
+    taps = torch.bmm(g.view(-1, tasks, c_out).transpose(0, 1), w.reshape(tasks, c_out, 9 * c_in))
+    taps = taps.view(tasks, images, h, v, 3, 3, c_in)
+    padded = g.new_zeros(images, stride * (h - 1) + 3, stride * (v - 1) + 3, tasks, c_in)
+    by_task = padded.permute(3, 0, 1, 2, 4)
+    for i in range(3):
+        for j in range(3):
+            by_task[:, :, i : i + stride * (h - 1) + 1 : stride, j : j + stride * (v - 1) + 1 : stride] += taps[..., i, j, :]
+    return padded[:, 1 : shape[1] + 1, 1 : shape[2] + 1].reshape(shape)
+
+
+# ------------------------------------------------------------------------------------------------ batch norm and ReLU
+# x (n, c), a column per channel, statistics from the first s rows (all of them in transductive use, the support set's in
+# inductive use). With m = 1/s on those rows and 0 elsewhere, sums over all rows:
+#   mu = sum m x,  r = (sum m (x - mu)^2 + eps)^-1/2,  xhat = (x - mu) r,  y = relu(gamma xhat + beta)
+# Backward of g, with h = g [y > 0], A = sum h, B = sum h xhat:
+#   gx = gamma r (h - m (A + xhat B)),   dgamma = B,   dbeta = A
+# Backward of that, for adjoints u of gx, v of dgamma, w of dbeta, with
+#   ub = sum m u,  p = sum m u xhat,  q = sum u h - ub A - p B,  f = v - gamma r p:
+#   dg = [y > 0] (gamma r u + f xhat + w - gamma r ub),   dgamma = r q
+#   t  = f h - gamma r B m u                                 (the adjoint of xhat)
+#   dx = r (t - m (sum t + xhat (sum t xhat + gamma r q)))
+
+
+class NormReLU(Function):
+    """Batch norm with batch statistics, then ReLU. x (n, c), gamma and beta (c,), statistics from rows [0, s)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, s: int) -> Tensor:
+        xhat = x - x[:s].mean(0)
+        r = torch.rsqrt(xhat[:s].square().mean(0).add_(EPS))
+        xhat.mul_(r)
+        y = torch.addcmul(beta, xhat, gamma).relu_()
+        ctx.save_for_backward(x, gamma, xhat, y, r)
+        ctx.s = s
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (g,) = grads
+        return (*NormReLUBackward.apply(g, *ctx.saved_tensors, ctx.s), None)
+
+
+class NormReLUBackward(Function):
+    """The derivative of NormReLU as a function of (g, x, gamma); xhat, y and r follow from x and come ready made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, gamma: Tensor, xhat: Tensor, y: Tensor, r: Tensor, s: int
+    ) -> tuple[Tensor, ...]:
+        h = torch.ops.aten.threshold_backward(g, y, 0)
+        a, b = h.sum(0), (h * xhat).sum(0)
+        gx = h * (gamma * r)
+        gx[:s].addcmul_(xhat[:s], gamma * r * b, value=-1 / s).sub_(gamma * r * a / s)
+        ctx.save_for_backward(h, gamma, xhat, y, r, a, b)
+        ctx.s = s
+        return gx, b, a
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        u, v, w = grads
+        h, gamma, xhat, y, r, a, b = ctx.saved_tensors
+        s, k = ctx.s, gamma * r
+        ub = u[:s].mean(0)
+        p = (u[:s] * xhat[:s]).mean(0)
+        q = (u * h).sum(0) - ub * a - p * b
+        f = v - k * p
+        sum_t, sum_t_xhat = f * a - k * b * ub, f * b - k * b * p
+        dx = h * (r * f)
+        dx[:s].addcmul_(u[:s], -r * k * b / s).addcmul_(xhat[:s], -r * (sum_t_xhat + k * q) / s).sub_(r * sum_t / s)
+        dg = torch.addcmul(w - k * ub, u, k).addcmul_(xhat, f)
+        return torch.ops.aten.threshold_backward(dg, y, 0), dx, r * q, None, None, None, None
+
+
+# ------------------------------------------------------------------------------------------------ first layer
+# The images are never differentiated, so the first layer's patches P are built once, and batch norm's mean and variance of
+# the linear map P w follow from P's own mean m and covariance c: mu = m w, var = w' c w. Convolution, batch norm and ReLU
+# together are then one matrix product: relu([P 1] [w k; beta - mu k]), k = gamma rsqrt(var + eps).
+
+
+def first_layer(x: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, stride: int, statistics_from: int) -> Tensor:
+    """Images (T, B, 1, H, W), w (T, C, 3, 3, 1), gamma and beta (T, C) -> (B, H', W', T*C).
+
+    Statistics from the first `statistics_from` images. Twice differentiable in w, gamma and beta, not in x.
+    """
+    tasks, images, _, height, width = x.shape
+    windows = F.pad(x[:, :, 0], (1, 1, 1, 1)).unfold(2, 3, stride).unfold(3, 3, stride)  # (T, B, H', W', 3, 3)
+    h, v = windows.shape[2:4]
+    p = windows.new_empty(tasks, images * h * v, 10)
+    p[:, :, :9] = windows.reshape(tasks, -1, 9)
+    p[:, :, 9] = 1
+    known = p[:, : statistics_from * h * v, :9]
+    m = known.mean(1, keepdim=True)
+    c = torch.baddbmm(m.mT @ m, known.mT, known, beta=-1, alpha=1 / known.shape[1])
+
+    w = w.reshape(tasks, -1, 9).mT  # (T, 9, C)
+    gamma, beta = gamma.unsqueeze(1), beta.unsqueeze(1)
+    k = gamma * torch.rsqrt((w * (c @ w)).sum(1, keepdim=True) + EPS)
+    y: Tensor = LinearReLU.apply(p, torch.cat([w * k, beta - (m @ w) * k], 1))
+    return y.view(images, h, v, -1)
+
+
+class LinearReLU(Function):
+    """p (T, n, k), w (T, k, C) -> relu(p w) as (n, T, C); p is taken as constant."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, w: Tensor) -> Tensor:
+        y = _product(p, w).relu_()
+        ctx.save_for_backward(p, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, LinearReLUBackward.apply(grads[0], *ctx.saved_tensors)
+
+
+class LinearReLUBackward(Function):
+    """g (n, T, C) -> gradient with respect to w, p' (g [y > 0]), (T, k, C)."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, p: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(p, y)
+        return torch.bmm(p.mT, torch.ops.aten.threshold_backward(g, y, 0).transpose(0, 1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        p, y = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward(_product(p, grads[0]), y, 0), None, None
+
+
+def _product(p: Tensor, w: Tensor) -> Tensor:
+    """p (T, n, k) times w (T, k, C), written straight to (n, T, C)."""
+    out = p.new_empty(p.shape[1], len(p), w.shape[2])
+    torch.bmm(p, w, out=out.transpose(0, 1))
+    return out
