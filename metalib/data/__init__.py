@@ -1,0 +1,1 @@
+"""From archives of drawings to batches of tasks."""
