@@ -1,0 +1,102 @@
+"""MAML and first-order MAML against values derived by hand, finite differences, and plain loops.
+
+Each of these was seen failing on a deliberate error before it was trusted; the docstrings say on which.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from metalib import algorithms
+from metalib.types import TaskBatch
+from tests import problems
+
+
+@pytest.mark.parametrize(("name", "expected"), [("maml", [2.0, 7.0]), ("fomaml", [-1.0, 1.0])])
+def test_two_steps_by_hand(name: str, expected: list[float]) -> None:
+    """L(w) = (w . x - y)^2 / 2, gradient (w . x - y) x, Hessian x x'.
+
+    Support x = (1, 2), y = 1, alpha = 1, from w = (1, 1):
+      step 1: residual 1 + 2 - 1 = 2,     w = (1, 1) - 2 (1, 2) = (-1, -3)
+      step 2: residual -1 - 6 - 1 = -8,   w = (-1, -3) + 8 (1, 2) = (7, 13)
+    Query x = (1, -1), y = -5: residual 7 - 13 + 5 = -1, gradient -1 (1, -1) = (-1, 1), which is FOMAML's.
+    One step's Jacobian I - x x' = [[0, -2], [-2, -3]], squared [[4, 6], [6, 13]]; times (-1, 1): (2, 7), MAML's.
+    Loss 1/2.  Seen failing with create_graph=False in maml.py, and with one inner step for two.
+    """
+    batch = TaskBatch(
+        torch.tensor([[[1.0, 2.0]]]), torch.tensor([[1.0]]), torch.tensor([[[1.0, -1.0]]]), torch.tensor([[-5.0]])
+    )
+    learner = algorithms.build(name, {"inner_lr": 1.0, "inner_steps": 2})
+    params = {"w": torch.tensor([1.0, 1.0])}
+    grads, query_loss = learner.meta_gradient(problems.line_loss, params, batch)
+    assert grads["w"].tolist() == expected
+    assert query_loss.tolist() == [0.5]
+    adapted = learner.adapt(problems.line_loss, params, batch.support_x, batch.support_y)
+    assert adapted["w"].tolist() == [[7.0, 13.0]]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_maml_is_the_derivative_of_the_adapted_loss(steps: int) -> None:
+    """Central differences of the query loss after adaptation, in float64, on a smooth network.
+
+    Seen failing for steps 1 and 3 with create_graph=False in maml.py.
+    """
+    params, batch = problems.smooth_problem()
+    learner = algorithms.build("maml", {"inner_lr": 0.3, "inner_steps": steps})
+    grads, query_loss = learner.meta_gradient(problems.smooth_loss, params, batch)
+    assert float(query_loss.mean()) == pytest.approx(
+        problems.objective(learner, problems.smooth_loss, params, batch), rel=1e-12
+    )
+    for direction in problems.directions(params):
+        numeric = problems.slope(lambda p: problems.objective(learner, problems.smooth_loss, p, batch), params, direction)
+        assert problems.inner_product(grads, direction) == pytest.approx(numeric, rel=1e-7, abs=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_fomaml_is_the_query_gradient_at_the_adapted_weights(steps: int) -> None:
+    """Central differences of each task's query loss about its own adapted weights, moved together.
+
+    Seen failing with the gradient taken at the initial weights; MAML's gradient differs from it.
+    """
+    params, batch = problems.smooth_problem()
+    learner = algorithms.build("fomaml", {"inner_lr": 0.3, "inner_steps": steps})
+    phi = learner.adapt(problems.smooth_loss, params, batch.support_x, batch.support_y)
+    grads, _ = learner.meta_gradient(problems.smooth_loss, params, batch)
+    maml, _ = algorithms.build("maml", {"inner_lr": 0.3, "inner_steps": steps}).meta_gradient(
+        problems.smooth_loss, params, batch
+    )
+    for direction in problems.directions(params):
+        numeric = problems.slope(lambda p: float(problems.smooth_loss(p, batch.query_x, batch.query_y).mean()), phi, direction)
+        assert problems.inner_product(grads, direction) == pytest.approx(numeric, rel=1e-7)
+        assert problems.inner_product(maml, direction) != pytest.approx(numeric, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["maml", "fomaml"])
+@pytest.mark.parametrize("choices", [
+    {"downsample": "stride", "features": "flatten"},
+    {"downsample": "stride", "features": "mean"},
+    {"downsample": "maxpool", "features": "flatten"},
+])  # fmt: skip
+def test_batched_network_equals_a_loop_over_tasks(name: str, choices: dict[str, str]) -> None:
+    """The whole meta-gradient on Conv4 against everyday PyTorch, task after task, in float64.
+
+    Seen failing with the sign of `c1`'s term in wide.NormReLUBackward.backward turned, and with the taps of
+    wide._grad_input_by_taps shifted by one.
+    """
+    net, params = problems.network(**choices)
+    batch = problems.image_batch(tasks=3, way=5, shot=1, query=2)
+    grads, query_loss = algorithms.build(name, {"inner_lr": 0.4, "inner_steps": 2}).meta_gradient(net.loss, params, batch)
+    expected = {key: torch.zeros_like(value) for key, value in params.items()}
+    for t in range(3):
+        theta = {key: value.detach().requires_grad_() for key, value in params.items()}
+        phi = theta
+        for _ in range(2):
+            loss = F.cross_entropy(net.plain(phi, batch.support_x[t]), batch.support_y[t])
+            steps = torch.autograd.grad(loss, list(phi.values()), create_graph=name == "maml")
+            phi = {key: value - 0.4 * g for (key, value), g in zip(phi.items(), steps, strict=True)}
+        loss = F.cross_entropy(net.plain(phi, batch.query_x[t]), batch.query_y[t])
+        assert float(query_loss[t]) == pytest.approx(float(loss.detach()), rel=1e-11)
+        for key, g in zip(expected, torch.autograd.grad(loss, list(theta.values())), strict=True):
+            expected[key] += g / 3
+    for key, value in expected.items():
+        torch.testing.assert_close(grads[key], value, rtol=1e-9, atol=1e-9 * float(value.abs().max()))
