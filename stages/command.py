@@ -1,0 +1,52 @@
+"""What every stage does around its work: one-sentence errors, the device, the process's memory."""
+
+import ctypes
+import functools
+import os
+import platform
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+import torch
+import typer
+from rich.console import Console
+
+P = ParamSpec("P")
+console = Console(stderr=False, soft_wrap=True)
+
+
+def one_sentence(main: Callable[P, None]) -> Callable[P, None]:
+    """Turn what a person can cause into a sentence on stderr and exit status 1; a bug keeps its traceback."""
+
+    @functools.wraps(main)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            main(*args, **kwargs)
+        except ValueError as error:
+            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def device() -> torch.device:
+    """METALIB_DEVICE (cpu, cuda, cuda:1, mps), or the best there is. Not a param: it changes cost, not meaning."""
+    asked = os.environ.get("METALIB_DEVICE", "auto")
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(asked)
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"METALIB_DEVICE: {asked!r} cannot be used here ({reason}); use auto, cpu, cuda or mps") from None
+    return chosen
+
+
+def keep_heap() -> None:
+    """Tell glibc to keep freed memory: the page faults of handing it back and forth cost a third of a meta-step."""
+    if platform.libc_ver()[0] == "glibc":
+        libc: Any = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-2, 1 << 28)  # M_TOP_PAD

@@ -1,0 +1,177 @@
+"""Compare all algorithms in one setting."""
+
+import csv
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+import numpy as np
+import torch
+import typer
+
+from metalib.evaluation import Difference, differences
+from stages import files, params, tables
+from stages.command import console, one_sentence
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+app = typer.Typer(add_completion=False)
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito: colour-blind safe
+
+
+@app.command()
+@one_sentence
+def main(setting: Annotated[str, typer.Argument(help="for instance 5w1s")]) -> None:
+    """Write reports/<setting>.md and .png, and plots/<setting>/: learning curves, accuracies, differences as CSV."""
+    file = params.read()
+    shape = params.setting(file, setting)
+    metrics = tables.metrics(file, setting)
+    if not metrics:
+        raise ValueError(f"metrics/{setting} holds no result; make them with: dvc repro compare@{setting}")
+    pairs = compared(setting, list(metrics))
+    curves = {name: learning_curve(setting, name) for name in metrics}
+    title = f"{shape.way}-way {shape.shot}-shot"
+    line = tables.provenance(list(metrics.values()))
+    with files.whole(Path(f"reports/{setting}.md")) as beside:
+        beside.write_text(report(title, setting, line, metrics, pairs))
+    with files.whole(Path(f"reports/{setting}.png")) as beside:
+        draw(beside, title, setting, line, metrics, curves)
+    with files.whole(Path(f"plots/{setting}")) as folder:
+        folder.mkdir()
+        rows = [{"algorithm": n, **point} for n, curve in curves.items() for point in curve]
+        write_csv(folder / "learning_curves.csv", rows)
+        write_csv(folder / "by_step.csv", by_step(metrics))
+        write_csv(folder / "differences.csv", [d._asdict() for d in pairs])
+    console.print(f"reports/{setting}.md: {len(metrics)} algorithms, {len(pairs)} differences")
+
+
+def compared(setting: str, names: list[str]) -> list[Difference]:
+    """Paired differences of the seeds' mean accuracy on the tasks that all algorithms were tested on."""
+    accuracies = {}
+    for name in names:
+        with np.load(files.results_file(setting, name)) as arrays:
+            accuracies[name] = torch.from_numpy(arrays["transductive"])[:, -1].mean(0)
+    count = min(len(values) for values in accuracies.values())
+    return differences({name: values[:count] for name, values in accuracies.items()})
+
+
+def learning_curve(setting: str, name: str) -> list[dict[str, Any]]:
+    """Validation accuracy against meta-steps, mean over seeds."""
+    by_step: dict[int, list[float]] = {}
+    for history in sorted(files.model_folder(setting, name).glob("seed*.csv")):
+        with open(history, newline="") as rows:
+            for row in csv.DictReader(rows):
+                if row["validation"]:
+                    by_step.setdefault(int(row["step"]), []).append(float(row["validation"]))
+    return [{"step": step, "validation": round(sum(values) / len(values), 2)} for step, values in sorted(by_step.items())]
+
+
+def by_step(metrics: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Test accuracy after each number of inner steps, under both protocols."""
+    return [
+        {"algorithm": name, "inner_step": int(k[1:]), "transductive": value, "inductive": row["inductive_by_step"][k]}
+        for name, row in metrics.items()
+        for k, value in row["by_step"].items()
+    ]
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    header = list(rows[0]) if rows else list(Difference._fields)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, header)
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def report(title: str, setting: str, line: str, metrics: dict[str, dict[str, Any]], pairs: list[Difference]) -> str:
+    """The setting's page."""
+    known = tables.published()
+    rows = []
+    for name, row in sorted(metrics.items(), key=lambda item: -item[1]["accuracy"]):
+        theirs = known.get((name, setting))
+        rows.append([
+            name,
+            tables.percent(row["accuracy"], row["ci95"]),
+            tables.percent(row["inductive"], row["inductive_ci95"]),
+            f"{theirs[0]} ± {theirs[1]}" if theirs else "-",
+            f"{row['seed_std']:.2f}" if "seed_std" in row else "-",
+            str(len(row["by_step"]) - 1),
+        ])  # fmt: skip
+    header = ["algorithm", "transductive", "inductive", "published", "std over seeds", "inner steps"]
+    text = [
+        f"# {title}",
+        f"Accuracy in %, 95 % interval over test tasks: {line}.",
+        tables.markdown(header, rows),
+        "Transductive: batch norm over the whole query set, as the published numbers of the slides' table are. Inductive: "
+        "batch norm with the support set's statistics.",
+    ]
+    if pairs:
+        verdicts = [
+            [
+                f"{d.first} - {d.second}", f"{100 * d.mean:+.2f} ± {100 * d.ci95:.2f}",
+                f"{d.p:.2g}", f"{d.first} is better" if d.p < 0.05 else "not decided",
+            ]
+            for d in sorted(pairs, key=lambda d: -d.mean)
+        ]  # fmt: skip
+        text += [
+            "## Differences on the same test tasks",
+            tables.markdown(["pair", "points", "p", "at 5 %"], verdicts),
+            f"Transductive. Paired t-tests, p Holm-corrected for {len(pairs)} pair(s). They speak of the tasks drawn, for the "
+            "weights these seeds gave; how much a training seed moves a learner is the standard deviation over seeds above.",
+        ]
+    text.append(f"![Accuracy, learning curves and inner steps of {title}]({setting}.png)")
+    return "\n\n".join(text) + "\n"
+
+
+def draw(
+    path: Path,
+    title: str,
+    setting: str,
+    line: str,
+    metrics: dict[str, dict[str, Any]],
+    curves: dict[str, list[dict[str, Any]]],
+) -> None:
+    """Three panels: accuracy beside the published number, learning curves, accuracy by inner step."""
+    known = tables.published()
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained")
+    names = sorted(metrics, key=lambda name: metrics[name]["accuracy"])
+    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(sorted(metrics))}
+    for place, name in enumerate(names):
+        row = metrics[name]
+        shown = [
+            (row["accuracy"], row["ci95"], "o", colour[name], 0.15),
+            (row["inductive"], row["inductive_ci95"], "s", colour[name], 0.0),
+        ]
+        if (name, setting) in known:
+            accuracy, half = map(float, known[name, setting])
+            shown.append((accuracy, half, "D", "grey", -0.15))
+        for value, half, marker, shade, shift in shown:
+            left.errorbar(value, place + shift, xerr=half, fmt=marker, color=shade, capsize=3, markersize=5)
+    for marker, shade, label in (("o", "black", "transductive"), ("s", "black", "inductive"), ("D", "grey", "published")):
+        left.plot([], [], marker, color=shade, label=label)
+    left.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4), xlabel="test accuracy, %")
+    left.legend(fontsize="small", loc="best")
+    for name, curve in curves.items():
+        x, y = [p["step"] for p in curve], [p["validation"] for p in curve]
+        middle.plot(x, y, "o-", color=colour[name], label=name, markersize=3)
+    middle.set(xlabel="meta-steps", ylabel="validation accuracy, %")
+    for name, row in metrics.items():
+        for key, style in (("by_step", "o-"), ("inductive_by_step", "s--")):
+            steps = [int(k[1:]) for k in row[key]]
+            label = name if key == "by_step" else f"{name}, inductive"
+            right.plot(steps, list(row[key].values()), style, color=colour[name], label=label, markersize=4)
+    right.set(xlabel="inner steps at test", ylabel="test accuracy, %")
+    right.xaxis.get_major_locator().set_params(integer=True)
+    for axis in (middle, right):
+        axis.legend(fontsize="small")
+    for axis in (left, middle, right):
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"{title}\n", fontweight="bold")
+    figure.text(0.5, 0.925, line, ha="center", fontsize=7.5)
+    figure.savefig(path, dpi=120, format="png", metadata={"Software": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,171 @@
+"""params.yaml, read in one place and checked once; an unknown key is refused, by name."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from metalib import algorithms
+from metalib.algorithms import describe
+from metalib.data.glyphs import Glyphs
+from metalib.data.omniglot import DRAWERS, Resize
+from metalib.data.splits import Split
+from metalib.data.tasks import Rotations
+from metalib.models.conv4 import Conv4
+from metalib.training import Outer
+
+FILE = Path("params.yaml")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Section):
+    source: Literal["omniglot", "glyphs"]
+    image_size: int = Field(ge=16, le=105)
+    resize: Resize
+    glyphs: Glyphs
+
+
+class Queries(Section):
+    query: PositiveInt
+
+
+class Tasks(Section):
+    """The stored evaluation tasks."""
+
+    seed: int
+    rotations: Literal["tasks", "none"]
+    validation: PositiveInt
+    test: PositiveInt
+    settings: dict[str, Queries]
+
+
+class MetaTrain(Section):
+    budget: Literal["quick", "paper"]
+    statistics: Literal["transductive", "inductive"]
+    rotations: Rotations
+    seed: NonNegativeInt
+
+
+class Counts(Section):
+    validation_tasks: PositiveInt
+    test_tasks: PositiveInt
+
+
+class Budget(Section):
+    seeds: PositiveInt
+    settings: dict[str, Counts]
+
+
+class File(Section):
+    """The whole file."""
+
+    data: Data
+    split: Split
+    tasks: Tasks
+    meta_train: MetaTrain
+    budgets: dict[Literal["quick", "paper"], Budget]
+    algorithms: dict[str, dict[Literal["quick", "paper"], dict[str, dict[str, Any]]]]
+
+
+class Setting(Section):
+    """What a name such as 5w1s stands for."""
+
+    way: int = Field(ge=2)
+    shot: PositiveInt
+    query: PositiveInt
+
+
+class Cell(Section):
+    """Everything that one algorithm in one setting is trained and tested with."""
+
+    learner: dict[str, Any]  # hyper-parameters of the algorithm
+    test: dict[str, Any]  # those of them that differ when it is validated and tested
+    network: dict[str, Any]
+    outer: Outer
+    statistics: Literal["transductive", "inductive"]
+    rotations: Rotations
+    seeds: list[int]
+    validation_tasks: int
+
+
+def read() -> File:
+    """params.yaml of the working folder; ValueError says what is wrong in it."""
+    try:
+        # The reader DVC uses: YAML 1.2, where 1e-3 is a number.
+        return File(**YAML(typ="safe").load(FILE))
+    except FileNotFoundError:
+        raise ValueError(f"{FILE} is not in {Path.cwd()}; run from the project's root") from None
+    except (YAMLError, TypeError) as error:
+        raise ValueError(f"{FILE} is not a YAML mapping: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise ValueError(describe(error, str(FILE))) from None
+
+
+def setting(file: File, name: str) -> Setting:
+    """5w1s -> 5-way 1-shot, with the number of queries from the tasks section; ValueError for a name not in it."""
+    if f"s{name}" not in file.tasks.settings:
+        known = ", ".join(key[1:] for key in file.tasks.settings)
+        raise ValueError(f"setting: {name!r} is not one of {known}; add s{name} to tasks.settings in {FILE}")
+    query = file.tasks.settings[f"s{name}"].query
+    try:
+        way, shot = (int(number) for number in name.removesuffix("s").split("w"))
+        found = Setting(way=way, shot=shot, query=query)
+    except (ValidationError, ValueError):
+        raise ValueError(f"setting: {name!r} is not of the form 5w1s (5 classes, 1 support image of each)") from None
+    if found.shot + found.query > DRAWERS:
+        raise ValueError(
+            f"tasks.settings.s{name}.query: {query} queries and {shot} support images of a class, but each has only {DRAWERS}"
+        )
+    return found
+
+
+def cell(file: File, algorithm: str, setting_name: str) -> Cell:
+    """The algorithm's `common` values with the setting's own laid over them, checked; ValueError names the wrong one."""
+    budget = file.meta_train.budget
+    where = f"algorithms.{algorithm}.{budget}"
+    try:
+        sections = file.algorithms[algorithm][budget]
+        values = _merge(sections["common"], sections[f"s{setting_name}"])
+        counts = file.budgets[budget]
+        validation_tasks = counts.settings[f"s{setting_name}"].validation_tasks
+    except KeyError as error:
+        raise ValueError(f"{FILE} has no {error.args[0]} where {where} or budgets.{budget} needs one") from None
+    network, outer, test = (dict(values.pop(key, None) or {}) for key in ("network", "outer", "test"))
+    algorithms.build(algorithm, values)  # refuses what is missing, unknown or out of range, before anything runs
+    algorithms.build(algorithm, values | test)
+    try:
+        made = Cell(
+            learner=values,
+            test=test,
+            network=network,
+            outer=Outer(**outer),
+            statistics=file.meta_train.statistics,
+            rotations=file.meta_train.rotations,
+            seeds=[file.meta_train.seed + i for i in range(counts.seeds)],
+            validation_tasks=validation_tasks,
+        )
+    except ValidationError as error:
+        raise ValueError(describe(error, where)) from None
+    make_network(made, way=2, image_size=file.data.image_size)
+    return made
+
+
+def make_network(cell: Cell, *, way: int, image_size: int) -> Conv4:
+    """The cell's network; ValueError names a wrong value."""
+    try:
+        return Conv4(way=way, image_size=image_size, **cell.network)
+    except ValidationError as error:
+        raise ValueError(describe(error, "network")) from None
+
+
+def _merge(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`own` over `common`, group by group."""
+    merged = dict(common)
+    for key, value in own.items():
+        merged[key] = _merge(merged.get(key, {}), value) if isinstance(value, dict) else value
+    return merged
