@@ -10,6 +10,7 @@ from typing import Any, ParamSpec
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 P = ParamSpec("P")
 console = Console(stderr=False, soft_wrap=True)
@@ -23,7 +24,7 @@ def one_sentence(main: Callable[P, None]) -> Callable[P, None]:
         try:
             main(*args, **kwargs)
         except ValueError as error:
-            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
             raise typer.Exit(1) from None
 
     return wrapped

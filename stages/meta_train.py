@@ -132,21 +132,22 @@ def follow(name: str, cell: params.Cell, steps: Iterator[training.Progress | tra
         TextColumn("{task.fields[news]}"),
     )  # fmt: skip
     total = cell.outer.meta_steps
-    accuracy, first, began = "", 0, time.monotonic()
+    accuracy, rate, first, began = "", "", None, 0.0
     with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=total, rate="", news="")
         for now in steps:
             if isinstance(now, training.Result):
                 return now
-            if first == 0:
+            if first is None:  # a checkpoint's step, or the first steps, which are slow
                 first, began = now.step, time.monotonic()
-            rate = f"{(now.step - first) / max(time.monotonic() - began, 1e-9):.1f} steps/s"
+            else:
+                rate = f"{(now.step - first) / (time.monotonic() - began):.1f} steps/s"
             if now.validation is not None:
                 accuracy = f"validation {100 * now.validation:.2f} %"
             news = f"query loss {now.query_loss:.4f} {accuracy}"
             bar.update(task, completed=now.step, rate=rate, news=news)
             if now.validation is not None and not console.is_terminal:
-                console.print(f"{name}: meta-step {now.step} of {total}, {rate}, {news}", highlight=False)
+                console.print(f"{name}: meta-step {now.step} of {total}  {rate}  {news}", highlight=False)
     raise AssertionError("a training ends with its result")
 
 

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 EPS = 1e-5  # of batch norm, PyTorch's default
 
@@ -191,8 +190,8 @@ class NormReLUBackward(Function):
         return gx, b, a
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        _refuse_third_derivative()
         u, v, w = grads
         h, gamma, xhat, y, r, a, b = ctx.saved_tensors
         s, k = ctx.s, gamma * r
@@ -205,6 +204,12 @@ class NormReLUBackward(Function):
         dx[:s].addcmul_(u[:s], -r * k * b / s).addcmul_(xhat[:s], -r * (sum_t_xhat + k * q) / s).sub_(r * sum_t / s)
         dg = torch.addcmul(w - k * ub, u, k).addcmul_(xhat, f)
         return torch.ops.aten.threshold_backward(dg, y, 0), dx, r * q, None, None, None, None
+
+
+def _refuse_third_derivative() -> None:
+    # torch's once_differentiable does not do: autograd.grad prunes its error away, and the result would be silently wrong
+    if torch.is_grad_enabled():
+        raise NotImplementedError("Conv4 has no third derivatives: take its second derivative without create_graph")
 
 
 # ------------------------------------------------------------------------------------------------ first layer
@@ -258,8 +263,8 @@ class LinearReLUBackward(Function):
         return torch.bmm(p.mT, torch.ops.aten.threshold_backward(g, y, 0).transpose(0, 1))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        _refuse_third_derivative()
         p, y = ctx.saved_tensors
         return torch.ops.aten.threshold_backward(_product(p, grads[0]), y, 0), None, None
 

@@ -1,0 +1,251 @@
+"""The outer loop: optimisers, schedules, checkpoints, divergence; and that a meta-step never waits for the host."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from metalib import algorithms, training
+from metalib.data import tasks
+from metalib.models.conv4 import Conv4
+from metalib.randomness import generator
+from metalib.types import MetaGradient, Params, TaskBatch
+from tests import problems
+
+OUTER: dict[str, Any] = {"schedule": "cosine", "meta_steps": 6, "meta_batch": 2, "validate_every": 2}
+OPTIMISERS: dict[str, dict[str, Any]] = {
+    "adam": {"optimiser": "adam", "lr": 0.01},
+    "sgd": {"optimiser": "sgd", "lr": 0.01},
+    "muon": {"optimiser": "muon", "lr": 0.01, "kernel_lr": 0.02, "kernel_decay": 0.01},
+}
+every_optimiser = pytest.mark.parametrize("optimiser", list(OPTIMISERS))
+
+
+def run(outer: dict[str, Any], checkpoint: Path | None = None, **changes: Any) -> Iterator[training.Progress | training.Result]:
+    """MAML on random drawings with a small Conv4."""
+    net = Conv4(way=3, image_size=16, filters=4)
+    images = (torch.rand(12, 6, 16, 16, generator=generator(0, "images")) < 0.2).to(torch.uint8) * 255
+
+    def sample(random: torch.Generator, count: int) -> TaskBatch:
+        drawn = tasks.draw(count, torch.arange(12), way=3, images=2, drawers=6, rotations="classes", generator=random)
+        return tasks.gather(images, drawn, 1)
+
+    arguments = {
+        "learner": algorithms.build("maml", {"inner_lr": 0.4, "inner_steps": 1}),
+        "loss": net.loss,
+        "params": net.init(generator(0, "initial weights")),
+        "sample": sample,
+        "score": lambda params: float(params["head.bias"][0].sigmoid()),
+    } | changes
+    return training.train(
+        **arguments,
+        outer=training.Outer(**(OUTER | outer)),
+        generator=generator(0, "tasks"),
+        checkpoint=checkpoint,
+        report_every=1,
+    )
+
+
+def result(steps: Iterator[training.Progress | training.Result]) -> training.Result:
+    *_, last = steps
+    assert isinstance(last, training.Result)
+    return last
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+@every_optimiser
+@pytest.mark.parametrize("killed_after", [2, 3, 5])
+def test_a_killed_training_ends_as_it_would_have(optimiser: str, killed_after: int, tmp_path: Path) -> None:
+    """To the bit: weights, best step, history.
+
+    Seen failing without the generator's state, and without the optimisers', in the checkpoint.
+    """
+    checkpoint = tmp_path / "kept" / "run.pt"
+    whole = result(run(OPTIMISERS[optimiser]))
+    broken = run(OPTIMISERS[optimiser], checkpoint)
+    for now in broken:
+        assert isinstance(now, training.Progress)
+        if now.step == killed_after:
+            break
+    assert checkpoint.exists()
+    again = run(OPTIMISERS[optimiser], checkpoint)
+    first = next(again)
+    assert isinstance(first, training.Progress) and first.step == killed_after // 2 * 2
+    taken_up = result(again)
+    assert taken_up.history == whole.history and taken_up.best_step == whole.best_step
+    assert all(torch.equal(taken_up.params[k], v) for k, v in whole.params.items())
+    assert list(checkpoint.parent.iterdir()) == []
+
+
+def test_the_best_validated_weights_are_kept() -> None:
+    scores = iter([0.5, 0.9, 0.7])
+    kept: list[Params] = []
+
+    def score(params: Params) -> float:
+        kept.append({k: v.clone() for k, v in params.items()})
+        return next(scores)
+
+    end = result(run(OPTIMISERS["adam"], score=score))
+    assert (end.best_step, end.validation) == (4, 0.9)
+    assert all(torch.equal(end.params[k], v) for k, v in kept[1].items())
+    assert [p.validation for p in end.history] == [None, 0.5, None, 0.9, None, 0.7]
+
+
+# ------------------------------------------------------------------------------------------------ divergence
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights() -> None:
+    """Seen failing without the mask in meta_step."""
+
+    class Learner:
+        def meta_gradient(self, loss: object, params: Params, batch: object, progress: object = None) -> MetaGradient:
+            bad = {k: torch.full_like(v, torch.nan) for k, v in params.items()}
+            return MetaGradient(bad if self.poison == "gradient" else params, torch.tensor([1.0, loss_of[self.poison]]))
+
+        poison = ""
+
+    loss_of = {"gradient": 1.0, "loss": torch.inf, "": 1.0}
+    params = {"conv1.weight": torch.ones(4, 3, 3, 2), "head.bias": torch.ones(3)}
+    optimisers = training.make_optimisers(params, training.Outer(**OUTER, **OPTIMISERS["muon"]))
+    learner = Learner()
+
+    def step() -> Tensor:
+        return training.meta_step(learner, None, lambda: None, params, optimisers, torch.zeros(()))  # type: ignore[arg-type, return-value]
+
+    assert step().isfinite() and not (params["head.bias"] == 1).any()
+    for poison in ("gradient", "loss"):
+        before = {k: v.clone() for k, v in params.items()}
+        learner.poison = poison
+        assert step().isnan()
+        assert all(torch.equal(params[k], v) for k, v in before.items())
+
+
+def test_divergence_is_reported_and_leaves_the_checkpoint(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run.pt"
+    seen = 0
+
+    def sample(random: torch.Generator, count: int) -> TaskBatch:
+        nonlocal seen
+        seen += 1
+        batch = problems.image_batch(2, 3, 1, 1, torch.float32, 16)
+        return batch if seen < 4 else batch._replace(query_x=batch.query_x * torch.inf)
+
+    with pytest.raises(training.Diverged, match="stopped being finite between meta-steps 3 and 4"):
+        list(run(OPTIMISERS["adam"], checkpoint, sample=sample))
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["step"] == 2 and all(v.isfinite().all() for v in state["params"].values())
+
+
+# ------------------------------------------------------------------------------------------------ optimisers, schedules
+
+
+def test_optimisers_take_the_published_steps() -> None:
+    """One step by hand. SGD: w - lr g. Adam, first step: w - lr sign g. Muon: an orthogonal step (singular values about 1)."""
+    gradient = {"conv1.weight": torch.randn(4, 3, 3, 2, generator=generator(0, "g")), "head.bias": torch.tensor([1.0, -2.0])}
+    for name, choice in OPTIMISERS.items():
+        params = {"conv1.weight": torch.zeros(4, 3, 3, 2), "head.bias": torch.zeros(2)}
+        for optimiser in training.make_optimisers(params, training.Outer(**OUTER, **choice)):
+            for group in optimiser.param_groups:
+                for leaf, key in zip(group["params"], group["names"], strict=True):
+                    leaf.grad = gradient[key].view(leaf.shape)
+            optimiser.step()
+        bias = gradient["head.bias"] if name == "sgd" else gradient["head.bias"].sign()
+        torch.testing.assert_close(params["head.bias"], -0.01 * bias, rtol=1e-5, atol=0)
+        kernel, g = params["conv1.weight"].flatten(1), gradient["conv1.weight"].flatten(1)
+        if name == "muon":
+            assert ((torch.linalg.svdvals(kernel) / 0.02 - 1).abs() < 0.35).all()  # five Newton-Schulz iterations: roughly 1
+            assert (kernel * g).sum() < 0
+        else:
+            torch.testing.assert_close(kernel, -0.01 * (g if name == "sgd" else g.sign()), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [
+    ("constant", [1, 1, 1]), ("linear", [1, 0.5, 0.25]), ("cosine", [1, 0.5, 0.5 - 0.5 * 0.5**0.5]),
+])  # fmt: skip
+def test_schedules(schedule: str, expected: list[float]) -> None:
+    assert [training.rate(schedule, step, 4) for step in (0, 2, 3)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("change", "complaint"), [
+    ({"lr": -0.1}, "lr"), ({"meta_batch": 0}, "meta_batch"), ({"kernel_lr": 0.1}, "kernel_lr and kernel_decay"),
+    ({"optimiser": "muon"}, "kernel_lr and kernel_decay"), ({"optimizer": "adam"}, "optimizer"),
+])  # fmt: skip
+def test_bad_outer_parameters_are_refused(change: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        training.Outer(**(OUTER | OPTIMISERS["adam"] | change))
+
+
+# ------------------------------------------------------------------------------------------------ devices
+
+
+class OnlyMeta(TorchDispatchMode):
+    """Refuses every tensor that is not on the `meta` device, as a GPU's stream would have to wait for it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, out)):
+            if isinstance(value, Tensor) and value.device.type != "meta":
+                raise AssertionError(f"{func} has a tensor on {value.device}")
+        return out
+
+
+def whole_meta_step(name: str, optimiser: str, monkeypatch: pytest.MonkeyPatch, statistics: str = "transductive") -> None:
+    """Sample, adapt, meta-gradient, update, all on the `meta` device, where any look at a value raises."""
+    # `meta` stands for a GPU, where Adam's capturable mode is allowed
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_get_capturable_supported_devices", lambda *_, **__: ["meta"])
+    net = Conv4(way=5)
+    params = {k: v.to("meta") for k, v in net.init(torch.Generator()).items()}
+    learner = problems.build(name)
+    params = {k: v.detach().clone() for k, v in learner.init(params).items()}
+    optimisers = training.make_optimisers(params, training.Outer(**OUTER, **OPTIMISERS[optimiser]))
+    images, pool = (
+        torch.empty(50, 20, 28, 28, dtype=torch.uint8, device="meta"),
+        torch.empty(50, dtype=torch.int64, device="meta"),
+    )
+    random = torch.Generator()
+
+    def sample() -> TaskBatch:
+        drawn = tasks.draw(4, pool, way=5, images=2, drawers=20, rotations="classes", generator=random)
+        batch = tasks.gather(images, drawn, 1)
+        return tasks.with_support(batch) if statistics == "inductive" else batch
+
+    loss = net.loss if statistics == "transductive" else net.inductive_loss(5)
+    with OnlyMeta():
+        for _ in range(2):  # the first builds the optimisers' state
+            progress = torch.full((), 0.5, device="meta")
+            training.meta_step(learner, loss, sample, params, optimisers, progress)
+
+
+@pytest.mark.parametrize("statistics", ["transductive", "inductive"])
+@every_optimiser
+@pytest.mark.parametrize("name", algorithms.names())
+def test_a_meta_step_never_waits_for_the_host(
+    name: str, optimiser: str, statistics: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole_meta_step(name, optimiser, monkeypatch, statistics)
+
+
+@pytest.mark.parametrize("planted", ["item", "host tensor"])
+def test_what_would_wait_is_noticed(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above sees a `.item()` and a tensor from the host."""
+    honest = tasks.gather
+
+    def gather(*arguments: Any) -> TaskBatch:
+        batch = honest(*arguments)
+        if planted == "item":
+            batch.support_x.sum().item()
+        else:
+            torch.zeros(3) + 1
+        return batch
+
+    monkeypatch.setattr(tasks, "gather", gather)
+    with pytest.raises((RuntimeError, AssertionError), match=r"meta tensors|has a tensor on cpu"):
+        whole_meta_step("maml", "adam", monkeypatch)
