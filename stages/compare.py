@@ -151,7 +151,7 @@ def draw(
     for marker, shade, label in (("o", "black", "transductive"), ("s", "black", "inductive"), ("D", "grey", "published")):
         left.plot([], [], marker, color=shade, label=label)
     left.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4), xlabel="test accuracy, %")
-    left.legend(fontsize="small", loc="best")
+    left.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     for name, curve in curves.items():
         x, y = [p["step"] for p in curve], [p["validation"] for p in curve]
         middle.plot(x, y, "o-", color=colour[name], label=name, markersize=3)

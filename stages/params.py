@@ -128,6 +128,7 @@ def cell(file: File, algorithm: str, setting_name: str) -> Cell:
     """The algorithm's `common` values with the setting's own laid over them, checked; ValueError names the wrong one."""
     budget = file.meta_train.budget
     where = f"algorithms.{algorithm}.{budget}"
+    algorithms.learner_class(algorithm)
     try:
         sections = file.algorithms[algorithm][budget]
         values = _merge(sections["common"], sections[f"s{setting_name}"])
@@ -139,18 +140,19 @@ def cell(file: File, algorithm: str, setting_name: str) -> Cell:
     algorithms.build(algorithm, values)  # refuses what is missing, unknown or out of range, before anything runs
     algorithms.build(algorithm, values | test)
     try:
-        made = Cell(
-            learner=values,
-            test=test,
-            network=network,
-            outer=Outer(**outer),
-            statistics=file.meta_train.statistics,
-            rotations=file.meta_train.rotations,
-            seeds=[file.meta_train.seed + i for i in range(counts.seeds)],
-            validation_tasks=validation_tasks,
-        )
+        outer_loop = Outer(**outer)
     except ValidationError as error:
-        raise ValueError(describe(error, where)) from None
+        raise ValueError(describe(error, f"{where}.outer")) from None
+    made = Cell(
+        learner=values,
+        test=test,
+        network=network,
+        outer=outer_loop,
+        statistics=file.meta_train.statistics,
+        rotations=file.meta_train.rotations,
+        seeds=[file.meta_train.seed + i for i in range(counts.seeds)],
+        validation_tasks=validation_tasks,
+    )
     make_network(made, way=2, image_size=file.data.image_size)
     return made
 

@@ -21,7 +21,8 @@ def test_two_steps_by_hand(name: str, expected: list[float]) -> None:
       step 2: residual -1 - 6 - 1 = -8,   w = (-1, -3) + 8 (1, 2) = (7, 13)
     Query x = (1, -1), y = -5: residual 7 - 13 + 5 = -1, gradient -1 (1, -1) = (-1, 1), which is FOMAML's.
     One step's Jacobian I - x x' = [[0, -2], [-2, -3]], squared [[4, 6], [6, 13]]; times (-1, 1): (2, 7), MAML's.
-    Loss 1/2.  Seen failing with create_graph=False in maml.py, and with one inner step for two.
+    Loss 1/2.  Seen failing with create_graph=False in maml.py, with fomaml.py's gradient taken at the initial weights, and
+    with one inner step for two.
     """
     batch = TaskBatch(
         torch.tensor([[[1.0, 2.0]]]), torch.tensor([[1.0]]), torch.tensor([[[1.0, -1.0]]]), torch.tensor([[-5.0]])
@@ -39,7 +40,7 @@ def test_two_steps_by_hand(name: str, expected: list[float]) -> None:
 def test_maml_is_the_derivative_of_the_adapted_loss(steps: int) -> None:
     """Central differences of the query loss after adaptation, in float64, on a smooth network.
 
-    Seen failing for steps 1 and 3 with create_graph=False in maml.py.
+    Seen failing with create_graph=False in maml.py.
     """
     params, batch = problems.smooth_problem()
     learner = algorithms.build("maml", {"inner_lr": 0.3, "inner_steps": steps})
@@ -80,8 +81,7 @@ def test_fomaml_is_the_query_gradient_at_the_adapted_weights(steps: int) -> None
 def test_batched_network_equals_a_loop_over_tasks(name: str, choices: dict[str, str]) -> None:
     """The whole meta-gradient on Conv4 against everyday PyTorch, task after task, in float64.
 
-    Seen failing with the sign of `c1`'s term in wide.NormReLUBackward.backward turned, and with the taps of
-    wide._grad_input_by_taps shifted by one.
+    Seen failing (MAML) with one sign turned in wide.NormReLUBackward.backward, (both) with one inner step for two.
     """
     net, params = problems.network(**choices)
     batch = problems.image_batch(tasks=3, way=5, shot=1, query=2)

@@ -1,0 +1,78 @@
+"""A small project of its own for tests of the stages."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+from typer import Typer
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[1]
+Edit = Callable[..., None]
+Stage = Callable[..., str]
+
+TINY = {
+    "data.source": "glyphs",
+    "data.image_size": 16,
+    "data.glyphs": {"background": 4, "evaluation": 3, "characters": 5, "seed": 0},
+    "split.validation": 6,
+    "split.test": 8,
+    "tasks.validation": 5,
+    "tasks.test": 7,
+    "budgets.quick.settings.s5w1s": {"validation_tasks": 4, "test_tasks": 6},
+    "budgets.quick.seeds": 2,
+}
+
+
+def change(file: Path, values: dict[str, Any]) -> None:
+    """Set dotted keys of a YAML file; None removes the key."""
+    yaml = YAML()
+    content = yaml.load(file)
+    for path, value in values.items():
+        *parents, last = path.split(".")
+        place = content
+        for parent in parents:
+            place = place[parent]
+        if value is None:
+            del place[last]
+        else:
+            place[last] = value
+    yaml.dump(content, file)
+
+
+def shrink(file: Path) -> None:
+    """Make a params.yaml tiny: glyphs, a few tasks, a few meta-steps of a thin network, for every algorithm there is."""
+    values = dict(TINY)
+    for name in YAML(typ="safe").load(file)["algorithms"]:
+        common = f"algorithms.{name}.quick.common"
+        values |= {f"{common}.network.filters": 4, f"algorithms.{name}.quick.s5w1s": {"outer": {
+            "meta_steps": 4, "meta_batch": 2, "validate_every": 2,
+        }}}  # fmt: skip
+    change(file, values)
+
+
+@pytest.fixture
+def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Edit:
+    """A folder with a tiny params.yaml to work in; call it to change the file."""
+    file = tmp_path / "params.yaml"
+    file.write_text((ROOT / "params.yaml").read_text())
+    shrink(file)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMNIGLOT_MIRROR", raising=False)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setenv("METALIB_DEVICE", "cpu")
+    return lambda **values: change(file, {key.replace("__", "."): value for key, value in values.items()})
+
+
+@pytest.fixture
+def stage() -> Stage:
+    """Run a stage's command; returns its output, which is the sentence when it is expected to fail."""
+
+    def run(app: Typer, *arguments: str, fails: bool = False) -> str:
+        outcome = CliRunner().invoke(app, arguments)
+        assert outcome.exit_code == int(fails), outcome.output
+        return " ".join(outcome.output.split())
+
+    return run

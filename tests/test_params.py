@@ -1,0 +1,88 @@
+"""params.yaml: what is wrong is named; numbers are what DVC takes them for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metalib import algorithms
+from stages import params
+from tests.conftest import ROOT, Edit
+
+
+def test_the_committed_file_serves_every_algorithm_setting_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    file = params.read()
+    assert sorted(file.algorithms) == algorithms.names()
+    for budget in file.budgets:
+        switched = file.model_copy(update={"meta_train": file.meta_train.model_copy(update={"budget": budget})})
+        for name in file.algorithms:
+            for setting in file.tasks.settings:
+                cell = params.cell(switched, name, setting[1:])
+                assert len(cell.seeds) == file.budgets[budget].seeds
+                assert cell.validation_tasks <= file.tasks.validation
+                assert file.budgets[budget].settings[setting].test_tasks <= file.tasks.test
+
+
+@pytest.mark.parametrize(("values", "complaint"), [
+    ({"data__sauce": "omniglot"}, "params.yaml.data.sauce is not a parameter here"),
+    ({"split__validation": -5}, "split.validation: Input should be greater than 0, got -5"),
+    ({"split__scheme": "alphabet"}, "split.scheme: Input should be 'characters', 'vinyals' or 'alphabets', got 'alphabet'"),
+    ({"data__resize": None}, "params.yaml.data.resize is missing"),
+    ({"meta_train__seed": "one"}, "meta_train.seed: Input should be a valid integer"),
+    ({"algorithms__maml__quick__common__inner_lr": -0.4}, "maml.inner_lr: Input should be greater than 0, got -0.4"),
+    ({"algorithms__maml__quick__common__inner_rate": 0.4}, "maml.inner_rate is not a parameter here"),
+    ({"algorithms__maml__quick__common__inner_steps": None}, "maml.inner_steps is missing"),
+    ({"algorithms__maml__quick__common__test": {"inner_steps": 1.5}}, "maml.inner_steps: Input should be a valid integer"),
+    ({"algorithms__maml__quick__common__outer__lr": -1e-3}, "outer.lr: Input should be greater than 0, got -0.001"),
+    ({"algorithms__maml__quick__common__outer__optimizer": "adam"}, "outer.optimizer is not a parameter here"),
+    ({"algorithms__maml__quick__common__network__features": "max"}, "features: Input should be 'flatten' or 'mean'"),
+    ({"algorithms__maml__quick__s5w1s": None}, "params.yaml has no s5w1s where algorithms.maml.quick"),
+    ({"tasks__settings__s5w1s__query": 25}, "tasks.settings.s5w1s.query: 25 queries and 1 support images"),
+])  # fmt: skip
+def test_what_is_wrong_is_named(edit: Edit, values: dict[str, Any], complaint: str) -> None:
+    edit(**values)
+    with pytest.raises(ValueError) as refused:
+        file = params.read()
+        params.cell(file, "maml", "5w1s")
+        params.setting(file, "5w1s")
+    assert complaint in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_numbers_are_yaml_1_2(edit: Edit, tmp_path: Path) -> None:
+    """PyYAML reads 1e-3 as a string; DVC and this reader as a number."""
+    edit()
+    file = tmp_path / "params.yaml"
+    file.write_text(file.read_text().replace("inner_lr: 0.4", "inner_lr: 4e-1"))
+    assert "inner_lr: 4e-1" in file.read_text()
+    assert params.cell(params.read(), "maml", "5w1s").learner["inner_lr"] == 0.4
+
+
+def test_a_setting_lies_over_the_common_values_group_by_group(edit: Edit) -> None:
+    edit(algorithms__maml__quick__s5w1s={"inner_lr": 0.7, "outer": {"meta_steps": 9}})
+    cell = params.cell(params.read(), "maml", "5w1s")
+    other = params.cell(params.read(), "maml", "5w5s")
+    assert (cell.learner["inner_lr"], cell.outer.meta_steps) == (0.7, 9)
+    assert cell.outer.lr == other.outer.lr
+    assert other.learner["inner_lr"] == 0.4
+
+
+@pytest.mark.parametrize(("name", "complaint"), [
+    ("7w1s", "'7w1s' is not one of 5w1s, 5w5s, 20w1s, 20w5s"), ("1w1s", "'1w1s' is not one of"), ("maml", "is not one of"),
+])  # fmt: skip
+def test_unknown_settings_are_refused(edit: Edit, name: str, complaint: str) -> None:
+    edit()
+    with pytest.raises(ValueError, match=complaint):
+        params.setting(params.read(), name)
+
+
+def test_a_broken_or_missing_file_is_one_sentence(edit: Edit, tmp_path: Path) -> None:
+    edit()
+    file = tmp_path / "params.yaml"
+    for content in ("data: [", "just words", ""):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=r"params\.yaml is not a YAML mapping"):
+            params.read()
+    file.unlink()
+    with pytest.raises(ValueError, match=r"run from the project's root"):
+        params.read()

@@ -1,0 +1,186 @@
+"""The stages one after the other on glyphs, through typer's runner; and once through DVC itself."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from metalib import algorithms
+from stages import compare, evaluate, fetch, leaderboard, meta_train, preprocess, split
+from tests.conftest import ROOT, Edit, Stage, shrink
+
+names = algorithms.names()
+
+
+def prepare(stage: Stage) -> None:
+    stage(fetch.app)
+    stage(preprocess.app)
+    stage(split.app, "5w1s")
+
+
+def test_the_whole_road(edit: Edit, stage: Stage) -> None:
+    edit()
+    prepare(stage)
+    with np.load("data/tasks/5w1s.npz") as stored:
+        assert stored["test_classes"].shape == (7, 5) and stored["validation_images"].shape == (5, 5, 2)
+        assert set(stored["test_classes"].flatten()) <= set(stored["test"])
+        assert set(stored["validation_classes"].flatten()) <= set(stored["validation"])
+        assert not set(stored["train"]) & (set(stored["test"]) | set(stored["validation"]))
+    for name in names:
+        said = stage(meta_train.app, name, "5w1s")
+        assert "meta-step 4 of 4" in said and "query loss" in said
+        stage(evaluate.app, name, "5w1s")
+        metrics = json.loads(Path(f"metrics/5w1s/{name}.json").read_text())
+        assert (metrics["data"], metrics["split"], metrics["budget"]) == ("glyphs", "characters", "quick")
+        assert (metrics["seeds"], metrics["tasks"], metrics["query"]) == (2, 6, 1)
+        with np.load(f"results/5w1s/{name}.npz") as results:
+            assert results["transductive"].shape[0] == 2 and results["transductive"].shape[2] == 6
+            assert metrics["accuracy"] == pytest.approx(100 * results["transductive"][:, -1].mean(), abs=0.006)
+            assert metrics["inductive"] == pytest.approx(100 * results["inductive"][:, -1].mean(), abs=0.006)
+        with open(f"models/5w1s/{name}/seed1.csv", newline="") as history:
+            assert [row["step"] for row in csv.DictReader(history)] == ["2", "4"]
+    stage(compare.app, "5w1s")
+    report = Path("reports/5w1s.md").read_text()
+    assert "glyphs" in report and "budget quick" in report and all(f"| {name} |" in report for name in names)
+    assert Path("reports/5w1s.png").stat().st_size > 10_000
+    stage(leaderboard.app)
+    board = Path("reports/leaderboard.md").read_text()
+    assert "5-way 1-shot: data glyphs" in board and "98.7 ± 0.4" in board  # the slides' number beside ours
+    assert not list(Path(".").rglob("*.part")) and not list(Path(".checkpoints").iterdir())
+
+
+def test_the_same_bytes_again(edit: Edit, stage: Stage) -> None:
+    edit()
+    contents = []
+    for _ in range(2):
+        prepare(stage)
+        stage(meta_train.app, "maml", "5w1s")
+        stage(evaluate.app, "maml", "5w1s")
+        found = [
+            path for place in ("data", "models", "metrics", "results") for path in Path(place).rglob("*") if path.is_file()
+        ]
+        contents.append({path: path.read_bytes() for path in found})
+        for place in ("data", "models", "metrics", "results"):
+            shutil.rmtree(place)
+    assert contents[0] == contents[1]
+
+
+def test_inductive_training(edit: Edit, stage: Stage) -> None:
+    edit(meta_train__statistics="inductive", meta_train__rotations="tasks")
+    prepare(stage)
+    stage(meta_train.app, "maml", "5w1s")
+    stage(evaluate.app, "maml", "5w1s")
+    metrics = json.loads(Path("metrics/5w1s/maml.json").read_text())
+    assert (metrics["train_statistics"], metrics["train_rotations"]) == ("inductive", "tasks")
+
+
+def test_a_killed_training_is_taken_up(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(budgets__quick__seeds=1)
+    prepare(stage)
+    stage(meta_train.app, "maml", "5w1s")
+    whole = load_file("models/5w1s/maml/seed0.safetensors")
+    honest = meta_train.follow
+
+    def follow(name: str, cell: object, steps: object) -> object:
+        next(steps)  # type: ignore[call-overload]  # to the first validation, and its checkpoint
+        raise ValueError("killed")
+
+    monkeypatch.setattr(meta_train, "follow", follow)
+    stage(meta_train.app, "maml", "5w1s", fails=True)
+    assert len(list(Path(".checkpoints").iterdir())) == 1
+    monkeypatch.setattr(meta_train, "follow", honest)
+    said = stage(meta_train.app, "maml", "5w1s")
+    assert "best at meta-step" in said and not list(Path(".checkpoints").iterdir())
+    again = load_file("models/5w1s/maml/seed0.safetensors")
+    assert all((again[key] == value).all() for key, value in whole.items())
+
+
+def test_params_edited_during_a_training_are_noticed(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit()
+    prepare(stage)
+    honest = meta_train.follow
+
+    def follow(name: str, cell: object, steps: object) -> object:
+        edit(algorithms__maml__quick__common__inner_lr=0.3)
+        return honest(name, cell, steps)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(meta_train, "follow", follow)
+    assert "params.yaml changed while maml 5w1s was training" in stage(meta_train.app, "maml", "5w1s", fails=True)
+    assert not Path("models/5w1s/maml").exists()
+
+
+def test_divergence_names_algorithm_setting_and_step(edit: Edit, stage: Stage) -> None:
+    edit(algorithms__maml__quick__common__inner_lr=1e38)
+    prepare(stage)
+    said = stage(meta_train.app, "maml", "5w1s", fails=True)
+    assert "maml 5w1s seed 0: the query loss or the meta-gradient stopped being finite between meta-steps 0 and 2" in said
+    assert not Path("models/5w1s/maml").exists()
+
+
+def test_a_split_that_cannot_serve_the_setting_is_refused(edit: Edit, stage: Stage) -> None:
+    edit()
+    stage(fetch.app)
+    stage(preprocess.app)
+    said = stage(split.app, "20w1s", fails=True)
+    assert "setting 20w1s, validation characters of split.scheme characters: way: 20 classes" in said
+    edit(split__validation=30)
+    assert "split.validation 30 and split.test 8 leave none of 35 characters" in stage(split.app, "5w1s", fails=True)
+    assert not Path("data/tasks").exists() or not list(Path("data/tasks").iterdir())
+
+
+def test_stages_out_of_order_say_what_to_run(edit: Edit, stage: Stage) -> None:
+    edit()
+    assert "dvc repro preprocess" in stage(split.app, "5w1s", fails=True)
+    assert "dvc repro split@5w1s" in stage(meta_train.app, "maml", "5w1s", fails=True)
+    assert "dvc repro meta_train@maml-5w1s" in stage(evaluate.app, "maml", "5w1s", fails=True)
+    assert "dvc repro compare@5w1s" in stage(compare.app, "5w1s", fails=True)
+    assert "'mamel'" in stage(meta_train.app, "mamel", "5w1s", fails=True)
+
+
+def test_an_unusable_device_is_refused(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit()
+    prepare(stage)
+    monkeypatch.setenv("METALIB_DEVICE", "tpu")
+    assert "METALIB_DEVICE: 'tpu' cannot be used here" in stage(meta_train.app, "maml", "5w1s", fails=True)
+
+
+@pytest.mark.parametrize("module", ["fetch", "preprocess", "split", "meta_train", "evaluate", "compare", "leaderboard"])
+def test_every_stage_has_help(module: str, stage: Stage) -> None:
+    app = {"fetch": fetch, "preprocess": preprocess, "split": split, "meta_train": meta_train, "evaluate": evaluate,
+           "compare": compare, "leaderboard": leaderboard}[module].app  # fmt: skip
+    assert "Usage" in stage(app, "--help")
+
+
+def test_an_experiment_through_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dvc exp run --temp` of one cell, in a copy of the project with tiny params; the workspace stays as it was."""
+    monkeypatch.delenv("OMNIGLOT_MIRROR", raising=False)
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    for name in ("metalib", "stages", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"):
+        source, target = ROOT / name, tmp_path / name
+        target.parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    shrink(tmp_path / "params.yaml")
+    run("git", "init", "--quiet")
+    run("git", "add", ".")
+    run("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "--quiet", "-m", "tiny")
+    dvc = (sys.executable, "-m", "dvc")
+    change = "algorithms.maml.quick.common.inner_lr=0.2"
+    run(*dvc, "exp", "run", "--temp", "--name", "try", "-S", change, "evaluate@maml-5w1s")
+    shown = json.loads(run(*dvc, "metrics", "show", "--json", "try"))
+    metrics = [files["metrics/5w1s/maml.json"] for rev in shown.values() if (files := rev.get("data"))]
+    assert len(metrics) == 1 and metrics[0]["data"]["data"] == "glyphs"
+    assert run("git", "status", "--porcelain") == ""
