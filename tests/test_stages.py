@@ -180,7 +180,6 @@ def test_an_experiment_through_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     dvc = (sys.executable, "-m", "dvc")
     change = "algorithms.maml.quick.common.inner_lr=0.2"
     run(*dvc, "exp", "run", "--temp", "--name", "try", "-S", change, "evaluate@maml-5w1s")
-    shown = json.loads(run(*dvc, "metrics", "show", "--json", "try"))
-    metrics = [files["metrics/5w1s/maml.json"] for rev in shown.values() if (files := rev.get("data"))]
-    assert len(metrics) == 1 and metrics[0]["data"]["data"] == "glyphs"
+    shown = json.loads(run(*dvc, "metrics", "diff", "--json", "HEAD", "try"))
+    assert shown["metrics/5w1s/maml.json"]["data"]["new"] == "glyphs"
     assert run("git", "status", "--porcelain") == ""
