@@ -17,7 +17,7 @@ from metalib.types import MetaLearner, Params, TaskBatch, TaskLoss
 class Outer:
     """The outer loop's own parameters."""
 
-    optimiser: Literal["adam", "sgd", "muon"]  # muon: torch.optim.Muon on the convolution kernels, Adam on the rest
+    optimiser: Literal["adam", "sgd", "muon"]  # muon: torch.optim.Muon on convolution kernels, Adam on the rest
     lr: PositiveFloat  # of Adam or SGD
     kernel_lr: PositiveFloat | None = None  # of Muon
     kernel_decay: float | None = Field(default=None, ge=0, lt=1)  # Muon's weight decay
@@ -86,9 +86,15 @@ def meta_step(
 
 
 def make_optimisers(params: Params, outer: Outer) -> list[torch.optim.Optimizer]:
-    """The outer optimisers over (views of) the meta-parameters, which they change in place."""
+    """The outer optimisers over (views of) the meta-parameters, which they change in place.
+
+    Muon leaves the first layer's kernels to Adam: with one channel in, they are no matrix worth the name, and an orthogonal
+    step would be several times longer for them than for the others.
+    """
     device = next(iter(params.values())).device
-    kernels = [name for name, value in params.items() if value.ndim == 4] if outer.optimiser == "muon" else []
+    kernels = [
+        name for name, value in params.items() if outer.optimiser == "muon" and name.startswith("conv") and value.shape[-1] > 1
+    ]
     others = [name for name in params if name not in kernels]
     if outer.optimiser == "sgd":
         return [torch.optim.SGD([_group(params, others)], lr=outer.lr)]

@@ -25,9 +25,29 @@ def map_with(f: Callable[..., Tensor], *params: Params) -> Params:
 
 def axpy(a: Tensor | float, x: Params, y: Params) -> Params:
     """a x + y; `a` is one number, or one per task (T,)."""
-    if isinstance(a, Tensor) and a.ndim == 1:
-        return map_with(lambda p, q: a.view(-1, *[1] * (p.ndim - 1)) * p + q, x, y)
-    return map_with(lambda p, q: q + a * p, x, y)
+    if isinstance(a, Tensor):
+        return map_with(lambda p, q: torch.addcmul(q, p, _per_task(a, p)), x, y)
+    return map_with(lambda p, q: torch.add(q, p, alpha=a), x, y)
+
+
+def sub(x: Params, y: Params) -> Params:
+    """x - y."""
+    return map_with(torch.sub, x, y)
+
+
+def scale(a: Tensor | float, x: Params) -> Params:
+    """a x; `a` is one number, or one per task (T,)."""
+    return map_with(lambda p: p * (_per_task(a, p) if isinstance(a, Tensor) else a), x)
+
+
+def dot(x: Params, y: Params) -> Tensor:
+    """Inner product of each task's weights, (T,)."""
+    return torch.stack([(x[name] * y[name]).flatten(1).sum(1) for name in x]).sum(0)
+
+
+def where(condition: Tensor, x: Params, y: Params) -> Params:
+    """The weights of x for the tasks where condition (T,) holds, of y for the others."""
+    return map_with(lambda p, q: torch.where(_per_task(condition, p), p, q), x, y)
 
 
 def mean_tasks(params: Params) -> Params:
@@ -39,3 +59,7 @@ def grad(of: Tensor, at: Params, create_graph: bool = False) -> Params:
     """Gradient of a scalar; weights it does not depend on get zeros."""
     values = torch.autograd.grad(of, list(at.values()), create_graph=create_graph, materialize_grads=True)
     return dict(zip(at, values, strict=True))
+
+
+def _per_task(a: Tensor, p: Tensor) -> Tensor:
+    return a.view(-1, *[1] * (p.ndim - 1))

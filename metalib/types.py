@@ -7,6 +7,9 @@
 
 Meta-parameters have their own shape, (*shape); weights adapted to tasks have (T, *shape). Tasks are independent, so the
 gradient of the summed loss holds every task's own gradient, and "for each task" needs no Python loop.
+
+Names: kernels of convolutions begin with "conv", weights of batch norm with "norm", of the last layer with "head."; the
+meta-parameters that a learner adds begin otherwise. Who treats some of them apart goes by these names.
 """
 
 from collections.abc import Callable
@@ -18,18 +21,39 @@ Params = dict[str, Tensor]
 TaskLoss = Callable[[Params, Tensor, Tensor], Tensor]
 """(weights (T, *shape), x (T, B, ...), y (T, B)) -> mean loss of each task, (T,)."""
 
+
+class SplitLoss(Protocol):
+    """A TaskLoss that can be had in two halves: loss(params, x, y) = head(params, body(params, x), y).
+
+    The head needs the weights named "head." alone, the body all others.
+    """
+
+    def __call__(self, params: Params, x: Tensor, y: Tensor) -> Tensor: ...
+
+    def body(self, params: Params, x: Tensor) -> Tensor:
+        """x (T, B, ...) -> features (T, B, F)."""
+        ...
+
+    def head(self, params: Params, features: Tensor, y: Tensor) -> Tensor:
+        """Features (T, B, F), y (T, B) -> mean loss of each task, (T,)."""
+        ...
+
+
 Watch = Callable[[Params], None]
 """Is shown the weights (T, *shape) after 0, 1, 2, ... inner steps."""
 
 
 class TaskBatch(NamedTuple):
-    """T tasks. Labels are positions within the task; `classes` says which class of the split each stands for."""
+    """T tasks. Labels are positions within the task; `classes` says which class of the data each stands for.
+
+    The support set runs through the classes shot by shot, so that any `way` images in a row have one of each class.
+    """
 
     support_x: Tensor  # (T, S, 1, H, W) float, ink 1 on paper 0
     support_y: Tensor  # (T, S) int64 in [0, way)
     query_x: Tensor  # (T, Q, 1, H, W)
     query_y: Tensor  # (T, Q)
-    classes: Tensor | None = None  # (T, way) int64
+    classes: Tensor | None = None  # (T, way) int64, 4 * character + quarter turns
 
 
 class MetaGradient(NamedTuple):

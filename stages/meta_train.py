@@ -83,7 +83,7 @@ def train(
     checkpoint: Path | None,
 ) -> Iterator[training.Progress | training.Result]:
     """Put data, network, learner and outer loop together for one seed."""
-    way, shot, query = (int(stored.protocol[k]) for k in ("way", "shot", "query"))
+    way, shot = (int(stored.protocol[k]) for k in ("way", "shot"))
     characters = torch.from_numpy(files.load_characters().images).to(where)
     network = params.make_network(cell, way=way, image_size=characters.shape[-1])
     learner = algorithms.build(algorithm, cell.learner)
@@ -94,9 +94,15 @@ def train(
 
     def sample(random: torch.Generator, count: int) -> TaskBatch:
         drawn = tasks.draw(
-            count, pool, way=way, images=shot + query, drawers=characters.shape[1], rotations=cell.rotations, generator=random
+            count,
+            pool,
+            way=way,
+            images=cell.train_shot + cell.train_query,
+            drawers=characters.shape[1],
+            rotations=cell.rotations,
+            generator=random,
         )
-        batch = tasks.gather(characters, drawn, shot)
+        batch = tasks.gather(characters, drawn, cell.train_shot)
         return tasks.with_support(batch) if cell.statistics == "inductive" else batch
 
     def score(weights: metalib.types.Params) -> float:
@@ -105,7 +111,7 @@ def train(
 
     return training.train(
         learner,
-        network.loss if cell.statistics == "transductive" else network.inductive_loss(way * shot),
+        network.loss if cell.statistics == "transductive" else network.inductive_loss(way * cell.train_shot),
         network.init(generator(seed, "initial weights", device=where)),
         sample,
         score,

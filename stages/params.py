@@ -1,7 +1,7 @@
 """params.yaml, read in one place and checked once; an unknown key is refused, by name."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from ruamel.yaml import YAML
@@ -17,6 +17,7 @@ from metalib.models.conv4 import Conv4
 from metalib.training import Outer
 
 FILE = Path("params.yaml")
+T = TypeVar("T")
 
 
 class Section(BaseModel):
@@ -80,6 +81,13 @@ class Setting(Section):
     query: PositiveInt
 
 
+class Images(Section):
+    """Images of each class in a meta-training task, where they are others than the setting's."""
+
+    shot: PositiveInt | None = None
+    query: PositiveInt | None = None
+
+
 class Cell(Section):
     """Everything that one algorithm in one setting is trained and tested with."""
 
@@ -89,6 +97,8 @@ class Cell(Section):
     outer: Outer
     statistics: Literal["transductive", "inductive"]
     rotations: Rotations
+    train_shot: int
+    train_query: int
     seeds: list[int]
     validation_tasks: int
 
@@ -136,13 +146,15 @@ def cell(file: File, algorithm: str, setting_name: str) -> Cell:
         validation_tasks = counts.settings[f"s{setting_name}"].validation_tasks
     except KeyError as error:
         raise ValueError(f"{FILE} has no {error.args[0]} where {where} or budgets.{budget} needs one") from None
-    network, outer, test = (dict(values.pop(key, None) or {}) for key in ("network", "outer", "test"))
+    network, outer, test, train = (dict(values.pop(key, None) or {}) for key in ("network", "outer", "test", "train"))
     algorithms.build(algorithm, values)  # refuses what is missing, unknown or out of range, before anything runs
     algorithms.build(algorithm, values | test)
-    try:
-        outer_loop = Outer(**outer)
-    except ValidationError as error:
-        raise ValueError(describe(error, f"{where}.outer")) from None
+    outer_loop = _checked(Outer, outer, f"{where}.outer")
+    images = _checked(Images, train, f"{where}.train")
+    shape = setting(file, setting_name)
+    shot, query = images.shot or shape.shot, images.query or shape.query
+    if shot + query > DRAWERS:
+        raise ValueError(f"{where}.train: {shot} support and {query} query images of a class, but each has only {DRAWERS}")
     made = Cell(
         learner=values,
         test=test,
@@ -150,6 +162,8 @@ def cell(file: File, algorithm: str, setting_name: str) -> Cell:
         outer=outer_loop,
         statistics=file.meta_train.statistics,
         rotations=file.meta_train.rotations,
+        train_shot=shot,
+        train_query=query,
         seeds=[file.meta_train.seed + i for i in range(counts.seeds)],
         validation_tasks=validation_tasks,
     )
@@ -159,10 +173,15 @@ def cell(file: File, algorithm: str, setting_name: str) -> Cell:
 
 def make_network(cell: Cell, *, way: int, image_size: int) -> Conv4:
     """The cell's network; ValueError names a wrong value."""
+    return _checked(Conv4, {"way": way, "image_size": image_size} | cell.network, "network")
+
+
+def _checked(kind: type[T], values: dict[str, Any], where: str) -> T:
+    """kind(**values); ValueError names a wrong value."""
     try:
-        return Conv4(way=way, image_size=image_size, **cell.network)
+        return kind(**values)
     except ValidationError as error:
-        raise ValueError(describe(error, "network")) from None
+        raise ValueError(describe(error, where)) from None
 
 
 def _merge(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

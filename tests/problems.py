@@ -15,11 +15,25 @@ def line_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
     return 0.5 * ((torch.einsum("tbd,td->tb", x, params["w"]) - y) ** 2).sum(1)
 
 
-def smooth_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of a small tanh network: no kinks, so finite differences can be trusted. x (T, B, 3), y (T, B)."""
-    hidden = torch.tanh(torch.einsum("tbd,thd->tbh", x, params["a"]) + params["b"].unsqueeze(1))
-    logits = torch.einsum("tbh,tch->tbc", hidden, params["head.weight"]) + params["head.bias"].unsqueeze(1)
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(1)
+class SmoothLoss:
+    """Cross-entropy of a small tanh network: no kinks, so finite differences can be trusted. x (T, B, 3), y (T, B).
+
+    The scale of its hidden units goes by the name of a batch norm, for learners that treat batch norm's weights apart.
+    """
+
+    def __call__(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
+        return self.head(params, self.body(params, x), y)
+
+    def body(self, params: Params, x: Tensor) -> Tensor:
+        hidden = torch.tanh(torch.einsum("tbd,thd->tbh", x, params["a"]) + params["b"].unsqueeze(1))
+        return hidden * params["norm.weight"].unsqueeze(1)
+
+    def head(self, params: Params, features: Tensor, y: Tensor) -> Tensor:
+        logits = torch.einsum("tbh,tch->tbc", features, params["head.weight"]) + params["head.bias"].unsqueeze(1)
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(1)
+
+
+smooth_loss = SmoothLoss()
 
 
 def smooth_problem(tasks: int = 4, way: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Params, TaskBatch]:
@@ -29,9 +43,11 @@ def smooth_problem(tasks: int = 4, way: int = 3, dtype: torch.dtype = torch.floa
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
 
-    params = {"a": normal(5, 3), "b": normal(5), "head.weight": normal(way, 5), "head.bias": normal(way)}
-    labels = torch.arange(way).repeat_interleave(2).expand(tasks, -1)
-    return params, TaskBatch(normal(tasks, 2 * way, 3), labels, normal(tasks, 2 * way, 3), labels)
+    params = {"a": normal(5, 3), "b": normal(5), "norm.weight": 1 + 0.1 * normal(5)}
+    params |= {"head.weight": normal(way, 5), "head.bias": normal(way)}
+    labels = torch.arange(way).repeat(2).expand(tasks, -1)  # shot by shot
+    classes = torch.arange(tasks * way).view(tasks, way) * 4
+    return params, TaskBatch(normal(tasks, 2 * way, 3), labels, normal(tasks, 2 * way, 3), labels, classes)
 
 
 def image_batch(tasks: int, way: int, shot: int, query: int, dtype: torch.dtype = torch.float64, size: int = 28) -> TaskBatch:
@@ -42,9 +58,10 @@ def image_batch(tasks: int, way: int, shot: int, query: int, dtype: torch.dtype 
         return (torch.rand(tasks, count, 1, size, size, generator=random) < 0.1).to(dtype)
 
     def labels(each: int) -> Tensor:
-        return torch.arange(way).repeat_interleave(each).expand(tasks, -1)
+        return torch.arange(way).repeat(each).expand(tasks, -1)
 
-    return TaskBatch(images(way * shot), labels(shot), images(way * query), labels(query))
+    classes = torch.arange(tasks * way).view(tasks, way) * 4
+    return TaskBatch(images(way * shot), labels(shot), images(way * query), labels(query), classes)
 
 
 def network(dtype: torch.dtype = torch.float64, way: int = 5, **choices: object) -> tuple[Conv4, Params]:
@@ -91,7 +108,7 @@ def hyper(name: str) -> dict[str, object]:
     """The learner's hyper-parameters of params.yaml, so that a new algorithm needs no edit here."""
     with open("params.yaml") as file:
         section = YAML(typ="safe").load(file)["algorithms"][name]["quick"]["common"]
-    return {key: value for key, value in section.items() if key not in ("network", "outer", "test")}
+    return {key: value for key, value in section.items() if key not in ("network", "outer", "test", "train")}
 
 
 def build(name: str, **changes: object) -> MetaLearner:

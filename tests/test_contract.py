@@ -64,7 +64,8 @@ def test_relabelled_classes_permute_the_head(name: str) -> None:
     order = torch.tensor([2, 0, 1])  # class c becomes order[c], so row order[c] of the new head is row c of the old
     back = order.argsort()
     heads = ("head.weight", "head.bias")
-    relabelled = batch._replace(support_y=order[batch.support_y], query_y=order[batch.query_y])
+    assert batch.classes is not None
+    relabelled = TaskBatch(batch.support_x, order[batch.support_y], batch.query_x, order[batch.query_y], batch.classes[:, back])
     moved = {k: v[back] if k in heads else v for k, v in params.items()}
     grads, _ = learner.meta_gradient(problems.smooth_loss, learner.init(params), batch)
     others, _ = learner.meta_gradient(problems.smooth_loss, learner.init(moved), relabelled)

@@ -50,20 +50,21 @@ def draw(
 
 
 def gather(characters: Tensor, tasks: Tasks, shot: int) -> TaskBatch:
-    """The tasks' images out of characters (N, drawers, H, W) uint8, turned, as floats in [0, 1]; labels in class order."""
+    """The tasks' images out of characters (N, drawers, H, W) uint8, turned, as floats in [0, 1], shot by shot."""
     count, way = tasks.classes.shape
     size = characters.shape[-1]
     pixels = characters[tasks.classes.unsqueeze(-1), tasks.images].flatten(-2)  # (n, way, shot + query, H * W)
     upright = torch.arange(size * size, device=characters.device).view(size, size)
     turned = torch.stack([upright.rot90(k) for k in range(4)]).flatten(1)[tasks.rotations]  # (n, way, H * W)
     x = pixels.gather(-1, turned.unsqueeze(2).expand(pixels.shape)).float().div_(255).unflatten(-1, (1, size, size))
-    y = torch.arange(way, device=characters.device).view(1, way, 1).expand(count, way, x.shape[2])
+    x = x.transpose(1, 2)  # (n, shot + query, way, 1, H, W)
+    y = torch.arange(way, device=characters.device).expand(count, x.shape[1], way)
     return TaskBatch(
-        support_x=x[:, :, :shot].flatten(1, 2),
-        support_y=y[:, :, :shot].flatten(1, 2),
-        query_x=x[:, :, shot:].flatten(1, 2),
-        query_y=y[:, :, shot:].flatten(1, 2),
-        classes=tasks.classes,
+        support_x=x[:, :shot].flatten(1, 2),
+        support_y=y[:, :shot].flatten(1, 2),
+        query_x=x[:, shot:].flatten(1, 2),
+        query_y=y[:, shot:].flatten(1, 2),
+        classes=4 * tasks.classes + tasks.rotations,
     )
 
 

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from metalib.models import wide
-from metalib.types import Params, TaskLoss
+from metalib.types import Params
 
 LAYERS = 4
 
@@ -67,7 +67,15 @@ class Conv4:
         return size
 
     def apply(self, params: Params, x: Tensor, statistics_from: int | None = None) -> Tensor:
-        """Logits (T, B, way) of images (T, B, 1, H, W) under weights (T, *shape).
+        """Logits (T, B, way) of images (T, B, 1, H, W) under weights (T, *shape); see `body` and `head`."""
+        return self.head(params, self.body(params, x, statistics_from))
+
+    def head(self, params: Params, features: Tensor) -> Tensor:
+        """Logits (T, B, way) of features (T, B, F)."""
+        return torch.baddbmm(params["head.bias"].unsqueeze(1), features, params["head.weight"].mT)
+
+    def body(self, params: Params, x: Tensor, statistics_from: int | None = None) -> Tensor:
+        """Features (T, B, F) of images (T, B, 1, H, W).
 
         Batch norm's statistics come from the first `statistics_from` images of each task, or from all of them (None).
         """
@@ -86,30 +94,24 @@ class Conv4:
             y = self._pool(rows.view(y.shape))
         maps = y.unflatten(3, (tasks, self.filters))  # (B, H, W, T, filters)
         if self.features == "mean":
-            f = maps.mean((1, 2)).transpose(0, 1)
-        else:
-            f = maps.permute(3, 0, 1, 2, 4).reshape(tasks, images, -1)
-        return torch.baddbmm(params["head.bias"].unsqueeze(1), f, params["head.weight"].mT)
+            return maps.mean((1, 2)).transpose(0, 1)
+        return maps.permute(3, 0, 1, 2, 4).reshape(tasks, images, -1)
 
     def _pool(self, y: Tensor) -> Tensor:
         return F.max_pool2d(y.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1) if self.downsample == "maxpool" else y
 
-    def loss(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
-        """Mean cross-entropy of each task, (T,): the transductive TaskLoss, every set normalised by its own statistics."""
-        return cross_entropy(self.apply(params, x), y)
+    @property
+    def loss(self) -> "Conv4Loss":
+        """The transductive task loss: every set is normalised by its own statistics."""
+        return Conv4Loss(self)
 
-    def inductive_loss(self, support: int) -> TaskLoss:
-        """The TaskLoss that normalises queries by the support set's statistics, so that no query helps another.
+    def inductive_loss(self, support: int) -> "Conv4Loss":
+        """The task loss that normalises queries by the support set's statistics, so that no query helps another.
 
-        It is given the support set alone (support images) or support and queries together (tasks.with_support), whose
-        first `support` images then only lend their statistics.
+        It is given the support set alone (at most `support` images) or support and queries together (tasks.with_support),
+        whose first `support` images then only lend their statistics.
         """
-
-        def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
-            skip = support if x.shape[1] > support else 0
-            return cross_entropy(self.apply(params, x, support)[:, skip:], y[:, skip:])
-
-        return loss
+        return Conv4Loss(self, support)
 
     def plain(self, params: Params, x: Tensor) -> Tensor:
         """The network of one task in everyday PyTorch, to read and to test `apply` against.
@@ -127,6 +129,24 @@ class Conv4:
                 x = F.max_pool2d(x, 2)
         x = x.mean((2, 3)) if self.features == "mean" else x.permute(0, 2, 3, 1).flatten(1)
         return F.linear(x, params["head.weight"], params["head.bias"])
+
+
+@dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
+class Conv4Loss:
+    """Mean cross-entropy of each task, (T,): a SplitLoss."""
+
+    network: Conv4
+    support: int | None = None  # images whose statistics serve all others; None: every set has its own
+
+    def __call__(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
+        return self.head(params, self.body(params, x), y)
+
+    def body(self, params: Params, x: Tensor) -> Tensor:
+        return self.network.body(params, x, self.support and min(self.support, x.shape[1]))
+
+    def head(self, params: Params, features: Tensor, y: Tensor) -> Tensor:
+        skip = self.support if self.support is not None and features.shape[1] > self.support else 0
+        return cross_entropy(self.network.head(params, features[:, skip:]), y[:, skip:])
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
