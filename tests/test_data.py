@@ -198,7 +198,15 @@ def test_gathered_images_are_the_ones_drawn_and_turned_as_a_class() -> None:
             support = batch.support_x[t, batch.support_y[t] == c, 0]
             query = batch.query_x[t, batch.query_y[t] == c, 0]
             assert torch.equal(torch.cat([support, query]), torch.stack(expected))
-    assert batch.classes is not None and torch.equal(batch.classes, drawn.classes)
+    assert batch.classes is not None and torch.equal(batch.classes, 4 * drawn.classes + drawn.rotations)
+
+
+def test_support_sets_run_shot_by_shot() -> None:
+    """So that any five images in a row of a five-way support set are one of each class."""
+    images = torch.zeros(60, DRAWERS, 8, 8, dtype=torch.uint8)
+    drawn = tasks.draw(2, torch.arange(60), way=5, images=7, drawers=DRAWERS, rotations="none", generator=generator(0, "test"))
+    batch = tasks.gather(images, drawn, shot=4)
+    assert batch.support_y.tolist() == [list(range(5)) * 4] * 2 and batch.query_y.tolist() == [list(range(5)) * 3] * 2
 
 
 def test_rotated_classes_are_four_times_as_many() -> None:
