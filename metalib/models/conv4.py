@@ -13,7 +13,7 @@ from pydantic import ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from metalib.models import wide
+from metalib.models import native, wide
 from metalib.types import Params
 
 LAYERS = 4
@@ -139,6 +139,8 @@ class Conv4Loss:
     support: int | None = None  # images whose statistics serve all others; None: every set has its own
 
     def __call__(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
+        if native.serves(self.network, params, x):
+            return native.loss(self.network, params, x, y, self.support)
         return self.head(params, self.body(params, x), y)
 
     def body(self, params: Params, x: Tensor) -> Tensor:

@@ -1,0 +1,247 @@
+"""The loss of Conv4 by compiled code on the CPU: native.cpp, built on first use, as a twice differentiable function.
+
+Algorithms call it like any other loss; its gradient is a Function and the gradient's derivative is a Hessian-vector
+product. Between calls it keeps no activations, so memory does not grow with what an inner step computes.
+
+METALIB_ENGINE chooses: auto (native where it can serve, else wide), native or wide. The test is `serves`.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from metalib.types import Params
+
+if TYPE_CHECKING:
+    from metalib.models.conv4 import Conv4
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = [
+    "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread",
+    # the parts of -ffast-math that keep inf and nan, and the process's treatment of denormals, as they are
+    "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
+]  # fmt: skip
+NAMES = [*(f"{part}{n}.{kind}" for n in (1, 2, 3, 4) for part, kind in (
+    ("conv", "weight"), ("norm", "weight"), ("norm", "bias"))), "head.weight", "head.bias"]  # fmt: skip
+MOST_WAY = 64
+
+
+# ------------------------------------------------------------------------------------------------ choice and build
+
+
+def serves(net: "Conv4", params: Params, x: Tensor) -> bool:
+    """Whether the compiled code is to compute this loss."""
+    engine = os.environ.get("METALIB_ENGINE", "auto")
+    if engine not in ("auto", "native", "wide"):
+        raise ValueError(f"METALIB_ENGINE: {engine!r} is not one of auto, native, wide")
+    if engine == "wide":
+        return False
+    lacks = _not_covered(net, params, x)
+    if lacks is None and library() is None:
+        lacks = "a machine on which it cannot be built"
+    if lacks and engine == "native":
+        raise ValueError(f"METALIB_ENGINE: native does not cover {lacks}; use auto or wide")
+    return lacks is None
+
+
+def _not_covered(net: "Conv4", params: Params, x: Tensor) -> str | None:
+    """What stands in the way, in words."""
+    if net.downsample != "stride":
+        return f"downsample {net.downsample}"
+    if net.filters != 64:
+        return f"{net.filters} filters (only 64)"
+    if params["head.bias"].shape[1] > MOST_WAY:
+        return f"a head for {params['head.bias'].shape[1]} classes (at most {MOST_WAY})"
+    if net.image_size < 16 or x.shape[2:] != (1, net.image_size, net.image_size):
+        return f"images of shape {tuple(x.shape[2:])}"
+    if x.requires_grad:
+        return "gradients with respect to images"
+    tensors = [x, *params.values()]
+    if any(p.device.type != "cpu" for p in tensors):
+        return "devices other than the CPU"
+    if x.dtype not in (torch.float32, torch.float64) or any(p.dtype != x.dtype for p in tensors):
+        return f"numbers of type {', '.join(sorted({str(p.dtype) for p in tensors}))}"
+    return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled code; None where it cannot be had, which one line on stderr explains."""
+    try:
+        return ctypes.CDLL(str(build()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+        reason = next((line for line in detail.splitlines() if "error" in line), detail.partition("\n")[0])
+        print(f"metalib: the faster CPU engine cannot be built ({reason}); PyTorch's operators serve", file=sys.stderr)
+        return None
+
+
+def build() -> Path:
+    """Compile native.cpp for this processor into the user's cache, unless it lies there already."""
+    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler")
+    key = hashlib.sha256(repr((SOURCE.read_bytes(), compiler, FLAGS, _processor())).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metalib"
+    target = folder / f"native-{key}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as beside:  # renamed when whole: others see nothing or all of it
+            made = Path(beside) / target.name
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
+            made.replace(target)
+    return target
+
+
+def _processor() -> str:
+    """Which instructions -march=native may use here."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+
+
+# ------------------------------------------------------------------------------------------------ calls
+
+
+class Problem(ctypes.Structure):
+    """The structure of the same name in native.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("tasks", "images", "size", "way", "known", "skip", "mean", "threads")),
+        *((name, ctypes.c_void_p) for name in ("x", "y", "gout", "loss")),
+        ("weight", ctypes.c_void_p * len(NAMES)),
+        ("stride", ctypes.c_int64 * len(NAMES)),
+        ("tangent", ctypes.c_void_p * len(NAMES)),
+        ("tangent_stride", ctypes.c_int64 * len(NAMES)),
+        ("result", ctypes.c_void_p * len(NAMES)),
+    ]
+
+
+class Images:
+    """What of a loss is not differentiated: images, labels, and which of the images lend statistics or count."""
+
+    def __init__(self, net: "Conv4", x: Tensor, y: Tensor, support: int | None):
+        self.x, self.y = x.detach().contiguous(), y.contiguous()
+        self.mean = net.features == "mean"
+        self.known = min(support or x.shape[1], x.shape[1])
+        self.skip = support if support is not None and x.shape[1] > support else 0
+
+    def run(
+        self,
+        weights: tuple[Tensor, ...],
+        wanted: tuple[bool, ...],
+        gout: Tensor | None = None,
+        tangents: tuple[Tensor, ...] | None = None,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Losses (T,) and their gradients (T, *shape), of the weights wanted and times gout (T,).
+
+        With tangents v (T, *shape): the losses' slopes <v, gradient> (T,) and the Hessian-vector products, likewise.
+        """
+        tasks, images, _, size, _ = self.x.shape
+        loss = self.x.new_empty(tasks)
+        results = [w.new_empty(w.shape) if want else None for w, want in zip(weights, wanted, strict=True)]
+        weights = tuple(_by_task(w) for w in weights)
+        gout = None if gout is None else gout.contiguous()
+        problem = Problem(
+            tasks, images, size, len(weights[-1][0]), self.known, self.skip, self.mean, torch.get_num_threads(),
+            self.x.data_ptr(), self.y.data_ptr(), None if gout is None else gout.data_ptr(), loss.data_ptr(),
+        )  # fmt: skip
+        problem.weight[:] = [w.data_ptr() for w in weights]
+        problem.stride[:] = [w.stride(0) for w in weights]
+        problem.result[:] = [None if r is None else r.data_ptr() for r in results]
+        if tangents is not None:
+            tangents = tuple(_by_task(v) for v in tangents)
+            problem.tangent[:] = [v.data_ptr() for v in tangents]
+            problem.tangent_stride[:] = [v.stride(0) for v in tangents]
+        compiled = library()
+        assert compiled is not None
+        (compiled.run_float if loss.dtype == torch.float32 else compiled.run_double)(ctypes.byref(problem))
+        return loss, results
+
+
+def _by_task(value: Tensor) -> Tensor:
+    """(T, *shape) such that each task's part is contiguous; tasks that share one copy (stride 0) go on sharing it."""
+    if value[0].is_contiguous():
+        return value
+    return value[0].contiguous().expand(value.shape) if value.stride(0) == 0 else value.contiguous()
+
+
+# ------------------------------------------------------------------------------------------------ functions
+
+
+def loss(net: "Conv4", params: Params, x: Tensor, y: Tensor, support: int | None = None) -> Tensor:
+    """Mean cross-entropy of each task, (T,). Weights (T, *shape), x (T, B, 1, H, W), y (T, B).
+
+    Batch norm's statistics come from the first `support` images, which then do not count unless they are all there are;
+    without `support` from all. Twice differentiable in the weights.
+    """
+    way = params["head.bias"].shape[1]
+    if y.numel() and not (0 <= int(y.min()) and int(y.max()) < way):
+        raise IndexError(f"labels must lie in [0, {way})")
+    return Loss.apply(Images(net, x, y, support), torch.is_grad_enabled(), *(params[name] for name in NAMES))
+
+
+class Loss(Function):
+    """Weights -> losses (T,). If a gradient will be asked for, it is computed at once: the same maps serve both."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Images, gradient_follows: bool, *weights: Tensor) -> Tensor:
+        ctx.images = images
+        ctx.save_for_backward(*weights)
+        wanted = ctx.needs_input_grad[2:] if gradient_follows else (False,) * len(weights)
+        loss, ctx.ready = images.run(weights, wanted)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ready, ctx.ready = ctx.ready, None  # handed over once, and then not kept
+        return None, None, *Gradient.apply(ctx.images, ready, ctx.needs_input_grad[2:], *grads, *ctx.saved_tensors)
+
+
+class Gradient(Function):
+    """gout (T,), weights -> gout times the gradients, (T, *shape); None for weights not wanted."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Images,
+        ready: list[Tensor | None] | None,
+        wanted: tuple[bool, ...],
+        gout: Tensor,
+        *weights: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        ctx.images = images
+        ctx.save_for_backward(gout, *weights)
+        if ready is None:
+            ready = images.run(weights, wanted, gout)[1]
+        elif not bool((gout == 1).all()):
+            for grad in ready:
+                if grad is not None:
+                    grad.mul_(gout.view(-1, *[1] * (grad.ndim - 1)))
+        return tuple(ready)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # torch's once_differentiable does not do, see wide.py
+        if torch.is_grad_enabled():
+            raise NotImplementedError("Conv4 has no third derivatives: take its second derivative without create_graph")
+        gout, *weights = ctx.saved_tensors
+        tangents = tuple(
+            torch.zeros_like(w[0]).expand(w.shape) if v is None else v for v, w in zip(grads, weights, strict=True)
+        )
+        slope, products = ctx.images.run(tuple(weights), ctx.needs_input_grad[4:], gout, tangents)
+        return None, None, None, slope, *products
