@@ -35,7 +35,7 @@ class SplitLoss(Protocol):
         ...
 
     def head(self, params: Params, features: Tensor, y: Tensor) -> Tensor:
-        """Features (T, B, F), y (T, B) -> mean loss of each task, (T,)."""
+        """Features (T, B, F), y (T, B) -> mean loss of each task, (T,); weights (1, *shape) serve all tasks."""
         ...
 
 

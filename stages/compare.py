@@ -1,6 +1,7 @@
 """Compare all algorithms in one setting."""
 
 import csv
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,8 +98,17 @@ def report(title: str, setting: str, line: str, metrics: dict[str, dict[str, Any
             f"{theirs[0]} ± {theirs[1]}" if theirs else "-",
             f"{row['seed_std']:.2f}" if "seed_std" in row else "-",
             str(len(row["by_step"]) - 1),
+            f"{row['train_shot']} + {row['train_query']}",
         ])  # fmt: skip
-    header = ["algorithm", "transductive", "inductive", "published", "std over seeds", "inner steps"]
+    header = [
+        "algorithm",
+        "transductive",
+        "inductive",
+        "published",
+        "std over seeds",
+        "inner steps",
+        "images per class in training",
+    ]
     text = [
         f"# {title}",
         f"Accuracy in %, 95 % interval over test tasks: {line}.",
@@ -107,21 +117,48 @@ def report(title: str, setting: str, line: str, metrics: dict[str, dict[str, Any
         "batch norm with the support set's statistics.",
     ]
     if pairs:
-        verdicts = [
-            [
-                f"{d.first} - {d.second}", f"{100 * d.mean:+.2f} ± {100 * d.ci95:.2f}",
-                f"{d.p:.2g}", f"{d.first} is better" if d.p < 0.05 else "not decided",
-            ]
-            for d in sorted(pairs, key=lambda d: -d.mean)
-        ]  # fmt: skip
+        ranked = sorted(metrics, key=lambda name: -metrics[name]["accuracy"])
         text += [
             "## Differences on the same test tasks",
-            tables.markdown(["pair", "points", "p", "at 5 %"], verdicts),
-            f"Transductive. Paired t-tests, p Holm-corrected for {len(pairs)} pair(s). They speak of the tasks drawn, for the "
-            "weights these seeds gave; how much a training seed moves a learner is the standard deviation over seeds above.",
+            "Each learner and the next in rank, in points:",
+            tables.markdown(["pair", "points", "p", "at 5 %"], neighbours(ranked, pairs)),
+            "Row minus column, in points, of all pairs; in brackets where the sign is not decided at 5 %:",
+            tables.markdown(["", *ranked[1:]], matrix(ranked, pairs)),
+            f"Transductive. Paired t-tests, p Holm-corrected for {len(pairs)} pair(s); all with their intervals in "
+            f"plots/{setting}/differences.csv. They speak of the tasks drawn, for the weights these seeds gave; how much a "
+            "training seed moves a learner is the standard deviation over seeds above.",
         ]
     text.append(f"![Accuracy, learning curves and inner steps of {title}]({setting}.png)")
     return "\n\n".join(text) + "\n"
+
+
+def between(pairs: list[Difference]) -> dict[tuple[str, str], Difference]:
+    """(a, b) -> the difference a - b, both ways round."""
+    turned = [d._replace(first=d.second, second=d.first, mean=-d.mean) for d in pairs]
+    return {(d.first, d.second): d for d in (*turned, *pairs)}
+
+
+def neighbours(ranked: list[str], pairs: list[Difference]) -> list[list[str]]:
+    """A row for each learner and the next."""
+    known = between(pairs)
+    rows = []
+    for d in (known[pair] for pair in itertools.pairwise(ranked)):
+        verdict = f"{d.first if d.mean > 0 else d.second} is better" if d.p < 0.05 else "not decided"
+        rows.append([f"{d.first} - {d.second}", f"{100 * d.mean:+.2f} ± {100 * d.ci95:.2f}", f"{d.p:.2g}", verdict])
+    return rows
+
+
+def matrix(ranked: list[str], pairs: list[Difference]) -> list[list[str]]:
+    """Every learner's difference to those behind it."""
+    known = between(pairs)
+
+    def cell(a: str, b: str) -> str:
+        if ranked.index(a) >= ranked.index(b):
+            return ""
+        d = known[a, b]
+        return f"{100 * d.mean:.1f}" if d.p < 0.05 else f"({100 * d.mean:.1f})"
+
+    return [[a, *(cell(a, b) for b in ranked[1:])] for a in ranked[:-1]]
 
 
 def draw(
@@ -132,43 +169,39 @@ def draw(
     metrics: dict[str, dict[str, Any]],
     curves: dict[str, list[dict[str, Any]]],
 ) -> None:
-    """Three panels: accuracy beside the published number, learning curves, accuracy by inner step."""
+    """Three panels: accuracy beside the published number, learning curves, accuracy by inner step (in rank order)."""
     known = tables.published()
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained")
     names = sorted(metrics, key=lambda name: metrics[name]["accuracy"])
-    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(sorted(metrics))}
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 2.6 + 0.24 * len(names)), layout="constrained")
+    style = {name: (COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--") for i, name in enumerate(sorted(metrics))}
     for place, name in enumerate(names):
         row = metrics[name]
         shown = [
-            (row["accuracy"], row["ci95"], "o", colour[name], 0.15),
-            (row["inductive"], row["inductive_ci95"], "s", colour[name], 0.0),
+            (row["accuracy"], row["ci95"], "o", "black", 0.2),
+            (row["inductive"], row["inductive_ci95"], "s", "#0072B2", 0.0),
         ]
         if (name, setting) in known:
             accuracy, half = map(float, known[name, setting])
-            shown.append((accuracy, half, "D", "grey", -0.15))
+            shown.append((accuracy, half, "D", "#D55E00", -0.2))
         for value, half, marker, shade, shift in shown:
-            left.errorbar(value, place + shift, xerr=half, fmt=marker, color=shade, capsize=3, markersize=5)
-    for marker, shade, label in (("o", "black", "transductive"), ("s", "black", "inductive"), ("D", "grey", "published")):
+            left.errorbar(value, place + shift, xerr=half, fmt=marker, color=shade, capsize=3, markersize=4)
+    for marker, shade, label in (("o", "black", "transductive"), ("s", "#0072B2", "inductive"), ("D", "#D55E00", "published")):
         left.plot([], [], marker, color=shade, label=label)
     left.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4), xlabel="test accuracy, %")
     left.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-    for name, curve in curves.items():
-        x, y = [p["step"] for p in curve], [p["validation"] for p in curve]
-        middle.plot(x, y, "o-", color=colour[name], label=name, markersize=3)
+    for name in reversed(names):
+        colour, line_style = style[name]
+        x, y = [p["step"] for p in curves[name]], [p["validation"] for p in curves[name]]
+        middle.plot(x, y, "o", linestyle=line_style, color=colour, label=name, markersize=3)
+        steps = [int(k[1:]) for k in metrics[name]["by_step"]]
+        right.plot(steps, list(metrics[name]["by_step"].values()), "o", linestyle=line_style, color=colour, markersize=3)
     middle.set(xlabel="meta-steps", ylabel="validation accuracy, %")
-    for name, row in metrics.items():
-        for key, style in (("by_step", "o-"), ("inductive_by_step", "s--")):
-            steps = [int(k[1:]) for k in row[key]]
-            label = name if key == "by_step" else f"{name}, inductive"
-            right.plot(steps, list(row[key].values()), style, color=colour[name], label=label, markersize=4)
-    right.set(xlabel="inner steps at test", ylabel="test accuracy, %")
+    right.set(xlabel="inner steps at test", ylabel="test accuracy, transductive, %")
     right.xaxis.get_major_locator().set_params(integer=True)
-    for axis in (middle, right):
-        axis.legend(fontsize="small")
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
-    figure.suptitle(f"{title}\n", fontweight="bold")
-    figure.text(0.5, 0.925, line, ha="center", fontsize=7.5)
+    figure.legend(*middle.get_legend_handles_labels(), loc="outside right center", fontsize="small", frameon=False)
+    figure.suptitle(f"{title}\n{line}", fontsize=8)
     figure.savefig(path, dpi=120, format="png", metadata={"Software": None})
     plt.close(figure)
 

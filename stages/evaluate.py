@@ -53,7 +53,9 @@ def main(
         "tasks": count,
         "validation": round(sum(s["validation"] for s in meta["seeds"]) / len(seeds), 2),
         "budget": meta["budget"],
-        **{name: stored.protocol[name] for name in ("data", "split", "test_rotations", "query")},
+        **{name: stored.protocol[name] for name in ("data", "images", "split", "test_rotations", "query")},
+        "train_shot": meta["train_shot"],
+        "train_query": meta["train_query"],
         "train_rotations": meta["rotations"],
         "train_statistics": meta["statistics"],
     }

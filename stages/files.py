@@ -1,7 +1,9 @@
 """Where the pipeline's files are, and how they are written (whole or not at all) and read."""
 
+import io
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,14 +59,19 @@ def _remove(path: Path) -> None:
 
 def save_arrays(path: Path, **arrays: Any) -> None:
     """A .npz whose bytes depend on the arrays alone."""
-    with whole(path) as beside, open(beside, "wb") as file:
-        np.savez_compressed(file, **arrays)
+    with whole(path) as beside, open(beside, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():  # np.savez's own zip headers depend on the Python version
+            member = zipfile.ZipInfo(f"{name}.npy")
+            member.compress_type = zipfile.ZIP_DEFLATED
+            content = io.BytesIO()
+            np.lib.format.write_array(content, np.asanyarray(array), allow_pickle=False)
+            archive.writestr(member, content.getvalue())
 
 
 def load_characters() -> Characters:
     with _open(CHARACTERS, "preprocess") as arrays:
         values = {name: arrays[name] for name in Characters._fields}
-        return Characters(**values | {"source": str(arrays["source"])})
+        return Characters(**values | {name: str(arrays[name]) for name in ("source", "drawn")})
 
 
 class TaskFile(NamedTuple):

@@ -44,6 +44,7 @@ def main(setting: Annotated[str, typer.Argument(help="for instance 5w1s")]) -> N
             arrays[f"{part}_{name}"] = index.numpy().astype(np.int16)  # at most 1,623 characters
     protocol = {
         "data": characters.source,
+        "images": characters.drawn,
         "split": file.split.scheme,
         "test_rotations": file.tasks.rotations,
         **shape.model_dump(),

@@ -29,8 +29,8 @@ def provenance(rows: list[dict[str, Any]]) -> str:
         return " and ".join(sorted({str(row[key]) for row in rows}))
 
     return (
-        f"data {of('data')}, split {of('split')}, budget {of('budget')}, {of('query')} query images per class, "
-        f"{of('tasks')} test tasks, {of('seeds')} training seed(s), rotations: training {of('train_rotations')}, "
+        f"data {of('data')} at {of('images')}, split {of('split')}, budget {of('budget')}, "
+        f"{of('query')} query images per class, {of('tasks')} test tasks, {of('seeds')} training seed(s), rotations: training {of('train_rotations')}, "
         f"test {of('test_rotations')}, trained with {of('train_statistics')} batch statistics"
     )
 

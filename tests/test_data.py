@@ -30,7 +30,7 @@ def characters(count: int = 60, background: int = 40, each: int = 4) -> Characte
     images[:, :, 0, 1] = np.arange(DRAWERS) + 1
     alphabets = np.array([f"A{c // each:03}" for c in range(count)])
     names = np.array([f"character{c % each + 1:02}" for c in range(count)])
-    return Characters(images, alphabets, names, np.arange(count) < background, "glyphs")
+    return Characters(images, alphabets, names, np.arange(count) < background, "glyphs", "28 px nearest")
 
 
 # ------------------------------------------------------------------------------------------------ archives and glyphs

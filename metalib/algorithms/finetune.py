@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from metalib import inner, tree
-from metalib.types import MetaGradient, Params, TaskBatch, TaskLoss, Watch
+from metalib.types import MetaGradient, Params, SplitLoss, TaskBatch, Watch
 
 JOINT = "joint."  # prefix of the joint head, which is a meta-parameter
 
@@ -29,20 +29,21 @@ class FineTune:
         head = {n: v.new_zeros(self.classes, *v.shape[1:]) for n, v in params.items() if n.startswith("head.")}
         return params | {JOINT + name: value for name, value in head.items()}
 
-    def adapt(self, loss: TaskLoss, params: Params, x: Tensor, y: Tensor, watch: Watch | None = None) -> Params:
+    def adapt(self, loss: SplitLoss, params: Params, x: Tensor, y: Tensor, watch: Watch | None = None) -> Params:
         theta = tree.tile({n: v for n, v in params.items() if not n.startswith(JOINT)}, len(x))
         return inner.sgd(loss, theta, x, y, lr=self.inner_lr, steps=self.inner_steps, watch=watch)
 
-    def meta_gradient(self, loss: TaskLoss, params: Params, tasks: TaskBatch, progress: Tensor | None = None) -> MetaGradient:
+    def meta_gradient(self, loss: SplitLoss, params: Params, tasks: TaskBatch, progress: Tensor | None = None) -> MetaGradient:
         if tasks.classes is None:
             raise ValueError(
                 "finetune: the tasks do not say which classes their labels stand for, so no joint head can be trained"
             )
         params = tree.detach(params)
-        joint = params | {n.removeprefix(JOINT): v for n, v in params.items() if n.startswith(JOINT)}
-        theta = tree.tile({n: v for n, v in joint.items() if not n.startswith(JOINT)}, len(tasks.support_x))
-        joint_loss = 0.5 * (
-            loss(theta, tasks.support_x, tasks.classes.gather(1, tasks.support_y))
-            + loss(theta, tasks.query_x, tasks.classes.gather(1, tasks.query_y))
-        )
+        theta = tree.tile({n: v for n, v in params.items() if not n.startswith((JOINT, "head."))}, len(tasks.support_x))
+        joint = {n.removeprefix(JOINT): v.unsqueeze(0) for n, v in params.items() if n.startswith(JOINT)}
+        losses = [
+            loss.head(joint, loss.body(theta, x), tasks.classes.gather(1, y))
+            for x, y in ((tasks.support_x, tasks.support_y), (tasks.query_x, tasks.query_y))
+        ]
+        joint_loss = (losses[0] + losses[1]) / 2
         return MetaGradient(tree.grad(joint_loss.mean(), params), joint_loss.detach())

@@ -47,6 +47,7 @@ class Characters(NamedTuple):
     characters: NDArray[np.str_]  # (N,) its name in the alphabet
     background: NDArray[np.bool_]  # (N,) whether it is of the background archive
     source: str  # "omniglot" or "glyphs"
+    drawn: str  # size and method of the images, for instance "28 px lanczos"
 
 
 def drawings(archive: Path) -> Iterator[Drawing]:
@@ -96,7 +97,7 @@ def read(archives: tuple[Path, Path], digests: dict[str, str], source: str, size
         raise ValueError(f"{archives[0].parent}: a character has not {DRAWERS} drawings")
     parts, alphabets, characters = (np.array(column) for column in zip(*names[::DRAWERS], strict=True))
     stacked = np.stack(images).reshape(-1, DRAWERS, size, size)
-    return Characters(stacked, alphabets, characters, parts == archives[0].stem, source)
+    return Characters(stacked, alphabets, characters, parts == archives[0].stem, source, f"{size} px {resize}")
 
 
 def require_digest(archive: Path, found: str, expected: str) -> None:

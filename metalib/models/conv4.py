@@ -71,7 +71,9 @@ class Conv4:
         return self.head(params, self.body(params, x, statistics_from))
 
     def head(self, params: Params, features: Tensor) -> Tensor:
-        """Logits (T, B, way) of features (T, B, F)."""
+        """Logits (T, B, way) of features (T, B, F); a head of one task, (1, way, F), serves them all."""
+        if len(params["head.weight"]) == 1:
+            return F.linear(features, params["head.weight"][0], params["head.bias"][0])
         return torch.baddbmm(params["head.bias"].unsqueeze(1), features, params["head.weight"].mT)
 
     def body(self, params: Params, x: Tensor, statistics_from: int | None = None) -> Tensor:

@@ -190,7 +190,7 @@ def loss(net: "Conv4", params: Params, x: Tensor, y: Tensor, support: int | None
     without `support` from all. Twice differentiable in the weights.
     """
     way = params["head.bias"].shape[1]
-    if y.numel() and not (0 <= int(y.min()) and int(y.max()) < way):
+    if y.numel() and not (int(y.min()) >= 0 and int(y.max()) < way):
         raise IndexError(f"labels must lie in [0, {way})")
     return Loss.apply(Images(net, x, y, support), torch.is_grad_enabled(), *(params[name] for name in NAMES))
 
@@ -238,7 +238,7 @@ class Gradient(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         # torch's once_differentiable does not do, see wide.py
         if torch.is_grad_enabled():
-            raise NotImplementedError("Conv4 has no third derivatives: take its second derivative without create_graph")
+            raise RuntimeError("Conv4 has no third derivatives: take its second derivative without create_graph")
         gout, *weights = ctx.saved_tensors
         tangents = tuple(
             torch.zeros_like(w[0]).expand(w.shape) if v is None else v for v, w in zip(grads, weights, strict=True)

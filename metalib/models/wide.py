@@ -209,7 +209,7 @@ class NormReLUBackward(Function):
 def _refuse_third_derivative() -> None:
     # torch's once_differentiable does not do: autograd.grad prunes its error away, and the result would be silently wrong
     if torch.is_grad_enabled():
-        raise NotImplementedError("Conv4 has no third derivatives: take its second derivative without create_graph")
+        raise RuntimeError("Conv4 has no third derivatives: take its second derivative without create_graph")
 
 
 # ------------------------------------------------------------------------------------------------ first layer
