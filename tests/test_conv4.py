@@ -99,8 +99,9 @@ def test_convolution_trio(images: int, size: int, stride: int) -> None:
 
 
 @pytest.mark.parametrize("layer", ["first", "other"])
-def test_third_derivatives_are_refused(layer: str) -> None:
+def test_third_derivatives_are_refused(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own once_differentiable was seen to let them pass, silently wrong."""
+    monkeypatch.setenv("METALIB_ENGINE", "wide")
     net, params = problems.network()
     weights = tree.detach(tree.tile(params, 2))
     batch = problems.image_batch(tasks=2, way=5, shot=1, query=1)

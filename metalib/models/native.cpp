@@ -53,22 +53,26 @@ constexpr int BYTES = 32, VECTORS = 2;
 constexpr int BYTES = 16, VECTORS = 2;
 #endif
 
+// Loops over the vectors of a Block, and over Blocks, must vanish for their arrays to become registers.
+#define UNROLL _Pragma("GCC unroll 8")
+
 template <class T> struct Block {
     typedef T V __attribute__((vector_size(BYTES)));
+    typedef V Unaligned __attribute__((aligned(sizeof(T)), may_alias));
     static constexpr int LANES = BYTES / sizeof(T), WIDTH = VECTORS * LANES;
     static_assert(C % WIDTH == 0, "blocks must fill a row");
     V v[VECTORS];
 
     Block() : v{} {}
     explicit Block(const T* from) {
-        for (int n = 0; n < VECTORS; n++) std::memcpy(&v[n], from + n * LANES, BYTES);
+        UNROLL for (int n = 0; n < VECTORS; n++) v[n] = reinterpret_cast<const Unaligned*>(from)[n];
     }
     void store(T* to) const {
-        for (int n = 0; n < VECTORS; n++) std::memcpy(to + n * LANES, &v[n], BYTES);
+        UNROLL for (int n = 0; n < VECTORS; n++) reinterpret_cast<Unaligned*>(to)[n] = v[n];
     }
     template <class F> Block each(F f) const {
         Block out;
-        for (int n = 0; n < VECTORS; n++) out.v[n] = f(v[n], n);
+        UNROLL for (int n = 0; n < VECTORS; n++) out.v[n] = f(v[n], n);
         return out;
     }
     Block operator+(const Block& o) const { return each([&](V a, int n) { return a + o.v[n]; }); }
@@ -141,20 +145,21 @@ Geometry geometry(int size, int images, bool first) {
 }
 
 constexpr int ROWS = 6; // rows of a Block each that are summed in registers
+#define NOINLINE __attribute__((noinline)) // inlined, they would have to share the registers with what surrounds them
 
 // to[to_row[r]] += sum over k < depth of from[from_row[r]][k] w[k], for R pairs of rows
-template <class T, int R> void product_tile(const int* to_row, T* to, const int* from_row, const T* from, int depth, const T* w, int w_stride) {
+template <class T, int R> NOINLINE void product_tile(const int* to_row, T* to, const int* from_row, const T* from, int depth, const T* w, int w_stride) {
     using B = Block<T>;
     const T* a[R];
     for (int r = 0; r < R; r++) a[r] = from + size_t(from_row[r]) * depth;
     for (int c = 0; c < C; c += B::WIDTH) {
         B sum[R];
-        for (int r = 0; r < R; r++) sum[r] = B(to + size_t(to_row[r]) * C + c);
+        UNROLL for (int r = 0; r < R; r++) sum[r] = B(to + size_t(to_row[r]) * C + c);
         for (int k = 0; k < depth; k++) {
             B weight(w + size_t(k) * w_stride + c);
-            for (int r = 0; r < R; r++) sum[r] += weight * a[r][k];
+            UNROLL for (int r = 0; r < R; r++) sum[r] += weight * a[r][k];
         }
-        for (int r = 0; r < R; r++) sum[r].store(to + size_t(to_row[r]) * C + c);
+        UNROLL for (int r = 0; r < R; r++) sum[r].store(to + size_t(to_row[r]) * C + c);
     }
 }
 
@@ -190,17 +195,17 @@ template <class T> void grad_input(const Geometry& g, int images, const T* gy, c
 }
 
 // out[r] += sum over pairs of a[a_row][r] b[b_row], for R values r; a has `depth` channels, b has C
-template <class T, int R> void outer_tile(int pairs, const int* a_row, const T* a, int depth, const int* b_row, const T* b, T* out, int out_stride) {
+template <class T, int R> NOINLINE void outer_tile(int pairs, const int* a_row, const T* a, int depth, const int* b_row, const T* b, T* out, int out_stride) {
     using B = Block<T>;
     for (int c = 0; c < C; c += B::WIDTH) {
         B sum[R];
-        for (int r = 0; r < R; r++) sum[r] = B(out + size_t(r) * out_stride + c);
+        UNROLL for (int r = 0; r < R; r++) sum[r] = B(out + size_t(r) * out_stride + c);
         for (int i = 0; i < pairs; i++) {
             const T* ai = a + size_t(a_row[i]) * depth;
             B bi(b + size_t(b_row[i]) * C + c);
-            for (int r = 0; r < R; r++) sum[r] += bi * ai[r];
+            UNROLL for (int r = 0; r < R; r++) sum[r] += bi * ai[r];
         }
-        for (int r = 0; r < R; r++) sum[r].store(out + size_t(r) * out_stride + c);
+        UNROLL for (int r = 0; r < R; r++) sum[r].store(out + size_t(r) * out_stride + c);
     }
 }
 
