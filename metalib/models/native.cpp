@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -148,7 +149,8 @@ constexpr int ROWS = 6; // rows of a Block each that are summed in registers
 #define NOINLINE __attribute__((noinline)) // inlined, they would have to share the registers with what surrounds them
 
 // to[to_row[r]] += sum over k < depth of from[from_row[r]][k] w[k], for R pairs of rows
-template <class T, int R> NOINLINE void product_tile(const int* to_row, T* to, const int* from_row, const T* from, int depth, const T* w, int w_stride) {
+template <class T, int R>
+NOINLINE void product_tile(const int* to_row, T* to, const int* from_row, const T* from, int depth, const T* w, int w_stride) {
     using B = Block<T>;
     const T* a[R];
     for (int r = 0; r < R; r++) a[r] = from + size_t(from_row[r]) * depth;
@@ -163,7 +165,9 @@ template <class T, int R> NOINLINE void product_tile(const int* to_row, T* to, c
     }
 }
 
-template <class T, int R = ROWS> void product(int pairs, const int* to_row, T* to, const int* from_row, const T* from, int depth, const T* w, int w_stride) {
+// the same for any number of pairs
+template <class T, int R = ROWS>
+void product(int pairs, const int* to_row, T* to, const int* from_row, const T* from, int depth, const T* w, int w_stride) {
     int i = 0;
     for (; i + R <= pairs; i += R) product_tile<T, R>(to_row + i, to, from_row + i, from, depth, w, w_stride);
     if constexpr (R > 1)
@@ -195,7 +199,8 @@ template <class T> void grad_input(const Geometry& g, int images, const T* gy, c
 }
 
 // out[r] += sum over pairs of a[a_row][r] b[b_row], for R values r; a has `depth` channels, b has C
-template <class T, int R> NOINLINE void outer_tile(int pairs, const int* a_row, const T* a, int depth, const int* b_row, const T* b, T* out, int out_stride) {
+template <class T, int R>
+NOINLINE void outer_tile(int pairs, const int* a_row, const T* a, int depth, const int* b_row, const T* b, T* out, int out_stride) {
     using B = Block<T>;
     for (int c = 0; c < C; c += B::WIDTH) {
         B sum[R];
@@ -209,7 +214,9 @@ template <class T, int R> NOINLINE void outer_tile(int pairs, const int* a_row, 
     }
 }
 
-template <class T, int R = ROWS> void outer_rows(int first, int pairs, const int* a_row, const T* a, int depth, const int* b_row, const T* b, T* out, int out_stride) {
+// the same for r from `first` to the last
+template <class T, int R = ROWS>
+void outer_rows(int first, int pairs, const int* a_row, const T* a, int depth, const int* b_row, const T* b, T* out, int out_stride) {
     for (; first + R <= depth; first += R)
         outer_tile<T, R>(pairs, a_row, a + first, depth, b_row, b, out + size_t(first) * out_stride, out_stride);
     if constexpr (R > 1)
@@ -217,7 +224,8 @@ template <class T, int R = ROWS> void outer_rows(int first, int pairs, const int
 }
 
 // out (depth of a, C) += a' b over the pairs, few at a time: they stay in the first cache for all rows of `out`
-template <class T> void outer(int pairs, const int* a_row, const T* a, int depth, const int* b_row, const T* b, T* out, int out_stride) {
+template <class T>
+void outer(int pairs, const int* a_row, const T* a, int depth, const int* b_row, const T* b, T* out, int out_stride) {
     constexpr int FEW = 64;
     for (int i = 0; i < pairs; i += FEW)
         outer_rows(0, std::min(FEW, pairs - i), a_row + i, a, depth, b_row + i, b, out, out_stride);
@@ -276,7 +284,8 @@ template <class T> struct Maps { // of one layer
 };
 
 // z lies in m.xhat and z_dot in m.xhat_dot; both are overwritten
-template <class T> void norm_relu(Maps<T>& m, int n, int s, const T* gamma, const T* beta, const T* gamma_dot, const T* beta_dot) {
+template <class T>
+void norm_relu(Maps<T>& m, int n, int s, const T* gamma, const T* beta, const T* gamma_dot, const T* beta_dot) {
     using B = Block<T>;
     for (int c = 0; c < C; c += B::WIDTH) {
         T *z = m.xhat.get() + c, *y = m.y.get() + c;
@@ -318,11 +327,13 @@ template <class T> void norm_relu(Maps<T>& m, int n, int s, const T* gamma, cons
 //   dL/dz = k (h - m (A + xhat B)),  dL/dgamma = B,  dL/dbeta = A
 // and along v, with k_dot = r (gamma_dot - k p), A_dot = sum h_dot, B_dot = sum (h_dot xhat + h xhat_dot):
 //   (dL/dz)_dot = k_dot (h - m (A + xhat B)) + k (h_dot - m (A_dot + xhat_dot B + xhat B_dot))
-// g and g_dot are overwritten by dL/dz and (dL/dz)_dot; to_gamma and to_beta get B and A, or B_dot and A_dot.
-template <class T> void norm_relu_backward(Maps<T>& m, int n, int s, const T* gamma, const T* gamma_dot, T* g, T* g_dot, T* to_gamma, T* to_beta) {
+// The rows of g and g_dot are overwritten by dL/dz and (dL/dz)_dot; to_gamma and to_beta get B and A, or B_dot and A_dot.
+template <class T>
+void norm_relu_backward(Maps<T>& m, int n, int s, const T* gamma, const T* gamma_dot, T* g_rows, T* g_rows_dot, T* to_gamma, T* to_beta) {
     using B = Block<T>;
-    for (int c = 0; c < C; c += B::WIDTH, g += B::WIDTH) {
+    for (int c = 0; c < C; c += B::WIDTH) {
         const T *xhat = m.xhat.get() + c, *y = m.y.get() + c;
+        T* g = g_rows + c;
         B sum, sum_xhat, r(m.r + c), k = B(gamma + c) * r;
         for (int i = 0; i < n; i++) {
             B h = B(g + i * C).where_positive(B(y + i * C));
@@ -341,24 +352,25 @@ template <class T> void norm_relu_backward(Maps<T>& m, int n, int s, const T* ga
             continue;
         }
         const T* xhat_dot = m.xhat_dot.get() + c;
+        T* g_dot = g_rows_dot + c;
         B sum_dot, sum_xhat_dot, k_dot = (B(gamma_dot + c) - k * B(m.p + c)) * r;
         for (int i = 0; i < n; i++) {
-            B h_dot = B(g_dot + c + i * C).where_positive(B(y + i * C));
-            h_dot.store(g_dot + c + i * C);
+            B h_dot = B(g_dot + i * C).where_positive(B(y + i * C));
+            h_dot.store(g_dot + i * C);
             sum_dot += h_dot;
             sum_xhat_dot += h_dot * B(xhat + i * C) + B(g + i * C) * B(xhat_dot + i * C);
         }
         if (to_gamma) sum_xhat_dot.store(to_gamma + c);
         if (to_beta) sum_dot.store(to_beta + c);
         for (int i = 0; i < n; i++) {
-            B h(g + i * C), h_dot(g_dot + c + i * C);
+            B h(g + i * C), h_dot(g_dot + i * C);
             if (i < s) {
                 B x(xhat + i * C), x_dot(xhat_dot + i * C);
                 h = h - (sum + x * sum_xhat) * (T(1) / s);
                 h_dot = h_dot - (sum_dot + x_dot * sum_xhat + x * sum_xhat_dot) * (T(1) / s);
             }
             (h * k).store(g + i * C);
-            (h * k_dot + h_dot * k).store(g_dot + c + i * C);
+            (h * k_dot + h_dot * k).store(g_dot + i * C);
         }
     }
 }
@@ -399,7 +411,7 @@ template <class T> struct Shared {
     Buffer<T> kernel[LAYERS], tangent[LAYERS];
 };
 
-// A thread's memory. It grows to the largest problem seen, some 15 row buffers of the first layer's size.
+// A thread's memory. It grows to the largest problem seen: some eight times the first layer's maps.
 template <class T> struct Workspace {
     Maps<T> maps[LAYERS];
     Buffer<T> patches, kernel[LAYERS], tangent[LAYERS], g[2], g_dot[2], logits, logits_dot, room, room_dot;
@@ -417,7 +429,7 @@ template <class T> void run_task(const Problem& P, Shared<T>& shared, Workspace<
     T* out[WEIGHTS];
     int lowest = LAYERS + 1; // the layer at which the way down ends; the head counts as one
     for (int i = WEIGHTS - 1; i >= 0; i--) {
-        const int64_t numel = i == BIAS ? way : i == HEAD ? way * width : i % 3 ? C : i ? C * 9 * C : C * 9;
+        const int64_t numel = i == BIAS ? way : i == HEAD ? way * width : i % 3 ? C : C * (i ? 9 * C : 9);
         w[i] = part<T>(P.weight[i], P.stride[i], t);
         v[i] = second ? part<T>(P.tangent[i], P.tangent_stride[i], t) : nullptr;
         out[i] = P.result[i] ? static_cast<T*>(P.result[i]) + numel * t : nullptr;
@@ -445,7 +457,8 @@ template <class T> void run_task(const Problem& P, Shared<T>& shared, Workspace<
         if (second) {
             m.y_dot.get(size_t(n) * C);
             T* z_dot = m.xhat_dot.zeros(size_t(n) * C);
-            convolve(g, images, x, transposed(v[3 * l], P.tangent_stride[3 * l], shared.tangent[l], ws.tangent[l]), z_dot);
+            const T* tangent = transposed(v[3 * l], P.tangent_stride[3 * l], shared.tangent[l], ws.tangent[l]);
+            convolve(g, images, x, tangent, z_dot);
             if (l) convolve(g, images, static_cast<const T*>(ws.maps[l - 1].y_dot.get()), kernel, z_dot);
         }
         norm_relu(m, n, int(P.known) * g.out_rows, w[3 * l + 1], w[3 * l + 2], v[3 * l + 1], v[3 * l + 2]);
@@ -482,7 +495,10 @@ template <class T> void run_task(const Problem& P, Shared<T>& shared, Workspace<
             for (int j = 0; j < way; j++) {
                 T d = (o[j] - (j == label[b])) * gout / positions, d_dot = o[j] * (o_dot[j] - mean) * gout / positions;
                 if (out[BIAS]) out[BIAS][j] += d_dot;
-                if (out[HEAD]) add(width, d_dot, f, out[HEAD] + j * width), add(width, d, f_dot, out[HEAD] + j * width);
+                if (out[HEAD]) {
+                    add(width, d_dot, f, out[HEAD] + j * width);
+                    add(width, d, f_dot, out[HEAD] + j * width);
+                }
                 add(width, d, w[HEAD] + j * width, g + at);
                 add(width, d_dot, w[HEAD] + j * width, g_dot + at);
                 add(width, d, v[HEAD] + j * width, g_dot + at);
@@ -503,8 +519,8 @@ template <class T> void run_task(const Problem& P, Shared<T>& shared, Workspace<
     // down: gradients, and along v
     for (int l = LAYERS - 1; l >= lowest; l--) {
         const Geometry& geo = shared.layer[l];
-        norm_relu_backward(ws.maps[l], images * geo.out_rows, int(P.known) * geo.out_rows, w[3 * l + 1], v[3 * l + 1], g, g_dot,
-                           out[3 * l + 1], out[3 * l + 2]);
+        norm_relu_backward(ws.maps[l], images * geo.out_rows, int(P.known) * geo.out_rows, w[3 * l + 1], v[3 * l + 1],
+                           g, g_dot, out[3 * l + 1], out[3 * l + 2]);
         const T *x = l ? ws.maps[l - 1].y.get() : input, *gz = g, *gz_dot = g_dot;
         if (out[3 * l]) {
             grad_kernel(geo, images, x, second ? gz_dot : gz, out[3 * l]);
@@ -522,11 +538,12 @@ template <class T> void run_task(const Problem& P, Shared<T>& shared, Workspace<
 }
 
 template <class T> void run(const Problem& P) {
-    thread_local Shared<T> shared; // kept for the caller's next call
-    thread_local std::vector<Workspace<T>> spaces;
+    thread_local Shared<T> own_shared; // memory that is kept for the caller's next call
+    thread_local std::vector<Workspace<T>> own_spaces;
+    Shared<T>& shared = own_shared; // threads of this call see the caller's, not their own
+    std::vector<Workspace<T>>& spaces = own_spaces;
     for (int l = 0, size = int(P.size); l < LAYERS; l++, size = (size + 1) / 2) {
         const int columns = l ? 9 * C : 9;
-        // the first layer makes its patches from the image, every other its pairs from the maps before
         shared.layer[l] = geometry(size, int(P.images), l == 0);
         if (P.stride[3 * l] == 0)
             transpose(static_cast<const T*>(P.weight[3 * l]), columns, shared.kernel[l].get(size_t(columns) * C));
@@ -536,11 +553,15 @@ template <class T> void run(const Problem& P) {
     const int64_t threads = std::max<int64_t>(1, std::min(P.threads, P.tasks));
     if (int64_t(spaces.size()) < threads) spaces.resize(threads);
     std::atomic<int64_t> next{0};
-    auto work = [&, &shared = shared, &spaces = spaces](int64_t i) {
+    auto work = [&](int64_t i) {
         for (int64_t t; (t = next++) < P.tasks;) run_task(P, shared, spaces[i], t);
     };
     std::vector<std::thread> others;
-    for (int64_t i = 1; i < threads; i++) others.emplace_back(work, i);
+    try {
+        for (int64_t i = 1; i < threads; i++) others.emplace_back(work, i);
+    } catch (const std::system_error&) {
+        // no more threads to be had: those there are do it
+    }
     work(0);
     for (auto& thread : others) thread.join();
 }
