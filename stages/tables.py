@@ -30,8 +30,9 @@ def provenance(rows: list[dict[str, Any]]) -> str:
 
     return (
         f"data {of('data')} at {of('images')}, split {of('split')}, budget {of('budget')}, "
-        f"{of('query')} query images per class, {of('tasks')} test tasks, {of('seeds')} training seed(s), rotations: training {of('train_rotations')}, "
-        f"test {of('test_rotations')}, trained with {of('train_statistics')} batch statistics"
+        f"{of('query')} query images per class, {of('tasks')} test tasks, {of('seeds')} training seed(s), "
+        f"rotations: training {of('train_rotations')}, test {of('test_rotations')}, "
+        f"trained with {of('train_statistics')} batch statistics"
     )
 
 
