@@ -112,7 +112,7 @@ public:
 // A 3 x 3 convolution of stride 2 and padding 1 is, for each tap, a list of pairs (row of the input, row of the output), and
 // a matrix of the kernel. Three sums over these pairs make the convolution and both halves of its derivative:
 //   y[out] += x[in] W[tap],    gx[in] += gy[out] W[tap]',    gW[tap] += x[in]' gy[out]
-// Pairs outside the image do not exist. The first layer has one tap, of depth 9: its input is patches, made beforehand.
+// Pairs outside the image do not exist. The first layer has one tap: its input is patches, made beforehand.
 
 struct Pairs {
     int per_image;
@@ -120,14 +120,17 @@ struct Pairs {
 };
 
 struct Geometry {
-    int depth, in_rows, out_rows; // channels in, positions of one image
+    int depth, stride;            // channels in, and the distance between rows that hold them
+    int in_rows, out_rows;        // positions of one image
     int chunk;                    // images that go through all taps together, so that their rows stay near
     std::vector<Pairs> taps;
 };
 
+constexpr int PATCH = 16; // a row of patches: nine pixels, 1, and nothing
+
 Geometry geometry(int size, int images, bool first) {
     int half = (size + 1) / 2;
-    Geometry g{first ? 9 : C, first ? half * half : size * size, half * half, 0, {}};
+    Geometry g{first ? 10 : C, first ? PATCH : C, first ? half * half : size * size, half * half, 0, {}};
     g.chunk = std::max(1, std::min(images, 256 / g.out_rows));
     for (int tap = 0; tap < (first ? 1 : 9); tap++) {
         Pairs pairs{0, {}, {}};
@@ -150,10 +153,11 @@ constexpr int ROWS = 6; // rows of a Block each that are summed in registers
 
 // to[to_row[r]] += sum over k < depth of from[from_row[r]][k] w[k], for R pairs of rows
 template <class T, int R>
-NOINLINE void product_tile(const int* to_row, T* to, const int* from_row, const T* from, int depth, const T* w, int w_stride) {
+NOINLINE void product_tile(const int* to_row, T* to, const int* from_row, const T* from, int from_stride, int depth, const T* w,
+             int w_stride) {
     using B = Block<T>;
     const T* a[R];
-    for (int r = 0; r < R; r++) a[r] = from + size_t(from_row[r]) * depth;
+    for (int r = 0; r < R; r++) a[r] = from + size_t(from_row[r]) * from_stride;
     for (int c = 0; c < C; c += B::WIDTH) {
         B sum[R];
         UNROLL for (int r = 0; r < R; r++) sum[r] = B(to + size_t(to_row[r]) * C + c);
@@ -167,11 +171,12 @@ NOINLINE void product_tile(const int* to_row, T* to, const int* from_row, const 
 
 // the same for any number of pairs
 template <class T, int R = ROWS>
-void product(int pairs, const int* to_row, T* to, const int* from_row, const T* from, int depth, const T* w, int w_stride) {
+void product(int pairs, const int* to_row, T* to, const int* from_row, const T* from, int from_stride, int depth, const T* w,
+             int w_stride) {
     int i = 0;
-    for (; i + R <= pairs; i += R) product_tile<T, R>(to_row + i, to, from_row + i, from, depth, w, w_stride);
+    for (; i + R <= pairs; i += R) product_tile<T, R>(to_row + i, to, from_row + i, from, from_stride, depth, w, w_stride);
     if constexpr (R > 1)
-        if (i < pairs) product<T, R - 1>(pairs - i, to_row + i, to, from_row + i, from, depth, w, w_stride);
+        if (i < pairs) product<T, R - 1>(pairs - i, to_row + i, to, from_row + i, from, from_stride, depth, w, w_stride);
 }
 
 // y += conv(x, w); w (taps, depth, C), transposed
@@ -181,7 +186,7 @@ template <class T> void convolve(const Geometry& g, int images, const T* x, cons
         for (size_t tap = 0; tap < g.taps.size(); tap++) {
             const Pairs& p = g.taps[tap];
             product(count * p.per_image, p.out.data(), y + size_t(b) * g.out_rows * C, p.in.data(),
-                    x + size_t(b) * g.in_rows * g.depth, g.depth, w + tap * g.depth * C, C);
+                    x + size_t(b) * g.in_rows * g.stride, g.stride, g.depth, w + tap * g.depth * C, C);
         }
     }
 }
@@ -193,20 +198,21 @@ template <class T> void grad_input(const Geometry& g, int images, const T* gy, c
         for (size_t tap = 0; tap < g.taps.size(); tap++) {
             const Pairs& p = g.taps[tap];
             product(count * p.per_image, p.in.data(), gx + size_t(b) * g.in_rows * C, p.out.data(),
-                    gy + size_t(b) * g.out_rows * C, C, w + tap * C, 9 * C);
+                    gy + size_t(b) * g.out_rows * C, C, C, w + tap * C, 9 * C);
         }
     }
 }
 
-// out[r] += sum over pairs of a[a_row][r] b[b_row], for R values r; a has `depth` channels, b has C
+// out[r] += sum over pairs of a[a_row][r] b[b_row], for R values r; b has C channels
 template <class T, int R>
-NOINLINE void outer_tile(int pairs, const int* a_row, const T* a, int depth, const int* b_row, const T* b, T* out, int out_stride) {
+NOINLINE void outer_tile(int pairs, const int* a_row, const T* a, int a_stride, const int* b_row,
+           const T* b, T* out, int out_stride) {
     using B = Block<T>;
     for (int c = 0; c < C; c += B::WIDTH) {
         B sum[R];
         UNROLL for (int r = 0; r < R; r++) sum[r] = B(out + size_t(r) * out_stride + c);
         for (int i = 0; i < pairs; i++) {
-            const T* ai = a + size_t(a_row[i]) * depth;
+            const T* ai = a + size_t(a_row[i]) * a_stride;
             B bi(b + size_t(b_row[i]) * C + c);
             UNROLL for (int r = 0; r < R; r++) sum[r] += bi * ai[r];
         }
@@ -216,51 +222,33 @@ NOINLINE void outer_tile(int pairs, const int* a_row, const T* a, int depth, con
 
 // the same for r from `first` to the last
 template <class T, int R = ROWS>
-void outer_rows(int first, int pairs, const int* a_row, const T* a, int depth, const int* b_row, const T* b, T* out, int out_stride) {
-    for (; first + R <= depth; first += R)
-        outer_tile<T, R>(pairs, a_row, a + first, depth, b_row, b, out + size_t(first) * out_stride, out_stride);
+void outer_rows(int first, int pairs, const int* a_row, const T* a, int a_stride, int rows, const int* b_row,
+           const T* b, T* out, int out_stride) {
+    for (; first + R <= rows; first += R)
+        outer_tile<T, R>(pairs, a_row, a + first, a_stride, b_row, b, out + size_t(first) * out_stride, out_stride);
     if constexpr (R > 1)
-        if (first < depth) outer_rows<T, R - 1>(first, pairs, a_row, a, depth, b_row, b, out, out_stride);
+        if (first < rows) outer_rows<T, R - 1>(first, pairs, a_row, a, a_stride, rows, b_row, b, out, out_stride);
 }
 
-// out (depth of a, C) += a' b over the pairs, few at a time: they stay in the first cache for all rows of `out`
+// out (rows, C) += a' b over the pairs, few at a time: they stay in the first cache for all rows of `out`
 template <class T>
-void outer(int pairs, const int* a_row, const T* a, int depth, const int* b_row, const T* b, T* out, int out_stride) {
+void outer(int pairs, const int* a_row, const T* a, int a_stride, int rows, const int* b_row,
+           const T* b, T* out, int out_stride) {
     constexpr int FEW = 64;
     for (int i = 0; i < pairs; i += FEW)
-        outer_rows(0, std::min(FEW, pairs - i), a_row + i, a, depth, b_row + i, b, out, out_stride);
+        outer_rows(0, std::min(FEW, pairs - i), a_row + i, a, a_stride, rows, b_row + i, b, out, out_stride);
 }
 
-// gw += gradient of conv with respect to the kernel, (C, taps, depth)
+// gw += gradient of conv with respect to the kernel, (C, taps, C)
 template <class T> void grad_kernel(const Geometry& g, int images, const T* x, const T* gy, T* gw) {
-    alignas(64) T transposed[9 * C] = {}; // the first layer's, (9, C)
     for (int b = 0; b < images; b += g.chunk) {
         int count = std::min(g.chunk, images - b);
-        const T *xb = x + size_t(b) * g.in_rows * g.depth, *gb = gy + size_t(b) * g.out_rows * C;
         for (size_t tap = 0; tap < g.taps.size(); tap++) {
             const Pairs& p = g.taps[tap];
-            if (g.depth == C)
-                outer(count * p.per_image, p.out.data(), gb, C, p.in.data(), xb, gw + tap * C, 9 * C);
-            else
-                outer(count * p.per_image, p.in.data(), xb, 9, p.out.data(), gb, transposed, C);
+            outer(count * p.per_image, p.out.data(), gy + size_t(b) * g.out_rows * C, C, C, p.in.data(),
+                  x + size_t(b) * g.in_rows * C, gw + tap * C, 9 * C);
         }
     }
-    if (g.depth != C)
-        for (int c = 0; c < C; c++)
-            for (int k = 0; k < 9; k++) gw[c * 9 + k] += transposed[k * C + c];
-}
-
-// The first layer's input: x (images, size, size) -> the nine neighbours of every output position, (rows, 9)
-template <class T> void patches(int images, int size, const T* x, T* out) {
-    int half = (size + 1) / 2;
-    for (int b = 0; b < images; b++, x += size * size)
-        for (int i = 0; i < half; i++)
-            for (int j = 0; j < half; j++)
-                for (int k = 0; k < 9; k++) {
-                    int row = 2 * i + k / 3 - 1, column = 2 * j + k % 3 - 1;
-                    bool inside = row >= 0 && row < size && column >= 0 && column < size;
-                    *out++ = inside ? x[row * size + column] : 0;
-                }
 }
 
 // (C, columns) -> (columns, C)
@@ -375,6 +363,128 @@ void norm_relu_backward(Maps<T>& m, int n, int s, const T* gamma, const T* gamma
     }
 }
 
+// ------------------------------------------------------------------------------------------------ first layer
+// The images are never differentiated, so batch norm's mean and variance of the linear map P w follow from the mean m and
+// covariance S of the patches P: mu = m w, var = w' S w, and convolution, batch norm and ReLU are one product,
+//   y = relu([P 1] [w k; beta - mu k]),   r = (w' S w + eps)^-1/2,  k = gamma r
+// Backward, from G = [P 1]' (g [y > 0]), with e = G[:9] - m G[9] and a = <w, e>, the derivative by k:
+//   dL/dw = k e - gamma r^3 a S w,   dL/dgamma = r a,   dL/dbeta = G[9]
+// Along v everything here is differentiated by the product rule, with r_dot = -r^3 <S w, w_dot>.
+
+// The first layer's input: x (images, size, size) -> of every output position its nine neighbours, and 1
+template <class T> void patches(int images, int size, const T* x, T* out) {
+    int half = (size + 1) / 2;
+    for (int b = 0; b < images; b++, x += size * size)
+        for (int i = 0; i < half; i++)
+            for (int j = 0; j < half; j++, out += PATCH) {
+                for (int k = 0; k < 9; k++) {
+                    int row = 2 * i + k / 3 - 1, column = 2 * j + k % 3 - 1;
+                    bool inside = row >= 0 && row < size && column >= 0 && column < size;
+                    out[k] = inside ? x[row * size + column] : 0;
+                }
+                out[9] = 1;
+                for (int k = 10; k < PATCH; k++) out[k] = 0;
+            }
+}
+
+template <class T> struct First {
+    T mean[9], cov[9][9];
+    T product[10 * C], product_dot[10 * C], grad[10 * C], grad_dot[10 * C]; // [w k; beta - mu k] and G
+    T sw[9][C], sw_dot[9][C], r[C], r_dot[C];                               // S w
+};
+
+// Mean and covariance of the first s patches
+template <class T> void statistics(First<T>& f, int s, const T* patches) {
+    T sums[10][PATCH] = {};
+    for (int i = 0; i < s; i++)
+        for (int j = 0; j < 10; j++)
+            for (int k = 0; k < PATCH; k++) sums[j][k] += patches[i * PATCH + j] * patches[i * PATCH + k];
+    for (int j = 0; j < 9; j++) f.mean[j] = sums[9][j] / s;
+    for (int j = 0; j < 9; j++)
+        for (int k = 0; k < 9; k++) f.cov[j][k] = sums[j][k] / s - f.mean[j] * f.mean[k];
+}
+
+// w (9, C) transposed. Without tangents w_dot is null.
+template <class T>
+void fold(First<T>& f, const T* w, const T* gamma, const T* beta, const T* w_dot, const T* gamma_dot, const T* beta_dot) {
+    for (int c = 0; c < C; c++) {
+        T mu = 0, var = 0, mu_dot = 0, half_var_dot = 0;
+        for (int j = 0; j < 9; j++) {
+            T sw = 0, sw_dot = 0;
+            for (int k = 0; k < 9; k++) sw += f.cov[j][k] * w[k * C + c];
+            mu += f.mean[j] * w[j * C + c];
+            var += w[j * C + c] * sw;
+            f.sw[j][c] = sw;
+            if (!w_dot) continue;
+            for (int k = 0; k < 9; k++) sw_dot += f.cov[j][k] * w_dot[k * C + c];
+            mu_dot += f.mean[j] * w_dot[j * C + c];
+            half_var_dot += w_dot[j * C + c] * sw;
+            f.sw_dot[j][c] = sw_dot;
+        }
+        const T r = f.r[c] = 1 / std::sqrt(var + T(EPS)), k = gamma[c] * r;
+        for (int j = 0; j < 9; j++) f.product[j * C + c] = w[j * C + c] * k;
+        f.product[9 * C + c] = beta[c] - mu * k;
+        if (!w_dot) continue;
+        const T r_dot = f.r_dot[c] = -r * r * r * half_var_dot, k_dot = gamma_dot[c] * r + gamma[c] * r_dot;
+        for (int j = 0; j < 9; j++) f.product_dot[j * C + c] = w_dot[j * C + c] * k + w[j * C + c] * k_dot;
+        f.product_dot[9 * C + c] = beta_dot[c] - mu_dot * k - mu * k_dot;
+    }
+}
+
+// From G to the gradients, or along v to theirs; to_w is (C, 9) as the network has it. Null where not wanted.
+template <class T>
+void unfold(const First<T>& f, const T* w, const T* gamma, const T* w_dot, const T* gamma_dot, T* to_w, T* to_gamma, T* to_beta) {
+    for (int c = 0; c < C; c++) {
+        const T r = f.r[c], r3 = r * r * r, k = gamma[c] * r;
+        T e[9], a = 0, e_dot[9], a_dot = 0;
+        for (int j = 0; j < 9; j++) {
+            e[j] = f.grad[j * C + c] - f.mean[j] * f.grad[9 * C + c];
+            a += w[j * C + c] * e[j];
+        }
+        if (!w_dot) {
+            if (to_w)
+                for (int j = 0; j < 9; j++) to_w[c * 9 + j] = k * e[j] - gamma[c] * r3 * a * f.sw[j][c];
+            if (to_gamma) to_gamma[c] = r * a;
+            if (to_beta) to_beta[c] = f.grad[9 * C + c];
+            continue;
+        }
+        for (int j = 0; j < 9; j++) {
+            e_dot[j] = f.grad_dot[j * C + c] - f.mean[j] * f.grad_dot[9 * C + c];
+            a_dot += w_dot[j * C + c] * e[j] + w[j * C + c] * e_dot[j];
+        }
+        const T r_dot = f.r_dot[c], k_dot = gamma_dot[c] * r + gamma[c] * r_dot, q = gamma[c] * r3 * a;
+        const T q_dot = gamma_dot[c] * r3 * a + gamma[c] * 3 * r * r * r_dot * a + gamma[c] * r3 * a_dot;
+        if (to_w)
+            for (int j = 0; j < 9; j++)
+                to_w[c * 9 + j] = k_dot * e[j] + k * e_dot[j] - q_dot * f.sw[j][c] - q * f.sw_dot[j][c];
+        if (to_gamma) to_gamma[c] = r_dot * a + r * a_dot;
+        if (to_beta) to_beta[c] = f.grad_dot[9 * C + c];
+    }
+}
+
+// to = [y > 0] [P 1] product; y may be `to` itself, and then this is the ReLU
+template <class T> void first_up(const Geometry& g, int images, const T* patches, const T* product, const T* y, T* to) {
+    using B = Block<T>;
+    for (int b = 0; b < images; b += g.chunk) { // while the rows are near
+        const size_t count = std::min(g.chunk, images - b), at = size_t(b) * g.out_rows * C, end = at + count * g.out_rows * C;
+        std::memset(to + at, 0, (end - at) * sizeof(T));
+        convolve(g, int(count), patches + size_t(b) * g.in_rows * PATCH, product, to + at);
+        for (size_t i = at; i < end; i += B::WIDTH) B(to + i).where_positive(B(y + i)).store(to + i);
+    }
+}
+
+// grad = [P 1]' ([y > 0] g); g is overwritten
+template <class T> void first_down(const Geometry& g, int images, const T* patches, const T* y, T* gy, T* grad) {
+    using B = Block<T>;
+    std::memset(grad, 0, 10 * C * sizeof(T));
+    const Pairs& p = g.taps[0];
+    for (int b = 0; b < images; b += g.chunk) {
+        const size_t count = std::min(g.chunk, images - b), at = size_t(b) * g.out_rows * C, end = at + count * g.out_rows * C;
+        for (size_t i = at; i < end; i += B::WIDTH) B(gy + i).where_positive(B(y + i)).store(gy + i);
+        outer(int(count) * p.per_image, p.in.data(), patches + size_t(b) * g.in_rows * PATCH, PATCH, 10, p.out.data(), gy + at, grad, C);
+    }
+}
+
 // ------------------------------------------------------------------------------------------------ head
 // o = f W' + b;  q = softmax(o);  L = mean over the N images after `skip` of -log q[label]
 //   dL/do = (q - onehot) / N,   (dL/do)_dot = q (o_dot - <q, o_dot>) / N,   L_dot = sum <dL/do, o_dot>
@@ -411,9 +521,10 @@ template <class T> struct Shared {
     Buffer<T> kernel[LAYERS], tangent[LAYERS];
 };
 
-// A thread's memory. It grows to the largest problem seen: some eight times the first layer's maps.
+// A thread's memory. It grows to the largest problem seen: some five times the first layer's maps.
 template <class T> struct Workspace {
     Maps<T> maps[LAYERS];
+    First<T> first;
     Buffer<T> patches, kernel[LAYERS], tangent[LAYERS], g[2], g_dot[2], logits, logits_dot, room, room_dot;
 };
 
@@ -439,7 +550,7 @@ template <class T> void run_task(const Problem& P, Shared<T>& shared, Workspace<
     const bool backward = lowest <= LAYERS;
 
     // up: activations, and along v
-    T* input = ws.patches.get(size_t(images) * shared.layer[0].in_rows * 9);
+    T* input = ws.patches.get(size_t(images) * shared.layer[0].in_rows * PATCH);
     patches(images, int(P.size), static_cast<const T*>(P.x) + t * images * P.size * P.size, input);
     for (int l = 0; l < LAYERS; l++) {
         const Geometry& g = shared.layer[l];
@@ -451,15 +562,21 @@ template <class T> void run_task(const Problem& P, Shared<T>& shared, Workspace<
             return own.get();
         };
         const T* kernel = transposed(w[3 * l], P.stride[3 * l], shared.kernel[l], ws.kernel[l]);
-        const T* x = l ? ws.maps[l - 1].y.get() : input;
-        m.y.get(size_t(n) * C);
+        const T* tangent = second ? transposed(v[3 * l], P.tangent_stride[3 * l], shared.tangent[l], ws.tangent[l]) : nullptr;
+        T *y = m.y.get(size_t(n) * C), *y_dot = second ? m.y_dot.get(size_t(n) * C) : nullptr;
+        if (l == 0) {
+            statistics(ws.first, int(P.known) * g.out_rows, input);
+            fold(ws.first, kernel, w[1], w[2], tangent, v[1], v[2]);
+            first_up<T>(g, images, input, ws.first.product, y, y);
+            if (second) first_up<T>(g, images, input, ws.first.product_dot, y, y_dot);
+            continue;
+        }
+        const T *x = ws.maps[l - 1].y.get(), *x_dot = ws.maps[l - 1].y_dot.get();
         convolve(g, images, x, kernel, m.xhat.zeros(size_t(n) * C));
         if (second) {
-            m.y_dot.get(size_t(n) * C);
             T* z_dot = m.xhat_dot.zeros(size_t(n) * C);
-            const T* tangent = transposed(v[3 * l], P.tangent_stride[3 * l], shared.tangent[l], ws.tangent[l]);
             convolve(g, images, x, tangent, z_dot);
-            if (l) convolve(g, images, static_cast<const T*>(ws.maps[l - 1].y_dot.get()), kernel, z_dot);
+            convolve(g, images, x_dot, kernel, z_dot);
         }
         norm_relu(m, n, int(P.known) * g.out_rows, w[3 * l + 1], w[3 * l + 2], v[3 * l + 1], v[3 * l + 2]);
     }
@@ -519,12 +636,21 @@ template <class T> void run_task(const Problem& P, Shared<T>& shared, Workspace<
     // down: gradients, and along v
     for (int l = LAYERS - 1; l >= lowest; l--) {
         const Geometry& geo = shared.layer[l];
+        if (l == 0) {
+            const T* y = ws.maps[0].y.get();
+            first_down<T>(geo, images, input, y, g, ws.first.grad);
+            if (second) first_down<T>(geo, images, input, y, g_dot, ws.first.grad_dot);
+            const T* kernel = P.stride[0] ? ws.kernel[0].get() : shared.kernel[0].get();
+            const T* tangent = !second ? nullptr : P.tangent_stride[0] ? ws.tangent[0].get() : shared.tangent[0].get();
+            unfold(ws.first, kernel, w[1], tangent, v[1], out[0], out[1], out[2]);
+            break;
+        }
         norm_relu_backward(ws.maps[l], images * geo.out_rows, int(P.known) * geo.out_rows, w[3 * l + 1], v[3 * l + 1],
                            g, g_dot, out[3 * l + 1], out[3 * l + 2]);
-        const T *x = l ? ws.maps[l - 1].y.get() : input, *gz = g, *gz_dot = g_dot;
+        const T *x = ws.maps[l - 1].y.get(), *x_dot = ws.maps[l - 1].y_dot.get(), *gz = g, *gz_dot = g_dot;
         if (out[3 * l]) {
             grad_kernel(geo, images, x, second ? gz_dot : gz, out[3 * l]);
-            if (second && l) grad_kernel(geo, images, static_cast<const T*>(ws.maps[l - 1].y_dot.get()), gz, out[3 * l]);
+            if (second) grad_kernel(geo, images, x_dot, gz, out[3 * l]);
         }
         if (l == lowest) break;
         g = ws.g[l % 2 ? 0 : 1].zeros(size_t(images) * geo.in_rows * C);
