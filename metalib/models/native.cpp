@@ -55,7 +55,7 @@ constexpr int BYTES = 16, VECTORS = 2;
 #endif
 
 // Loops over the vectors of a Block, and over Blocks, must vanish for their arrays to become registers.
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 10")
 
 template <class T> struct Block {
     typedef T V __attribute__((vector_size(BYTES)));
@@ -395,10 +395,14 @@ template <class T> struct First {
 
 // Mean and covariance of the first s patches
 template <class T> void statistics(First<T>& f, int s, const T* patches) {
-    T sums[10][PATCH] = {};
-    for (int i = 0; i < s; i++)
-        for (int j = 0; j < 10; j++)
-            for (int k = 0; k < PATCH; k++) sums[j][k] += patches[i * PATCH + j] * patches[i * PATCH + k];
+    using B = Block<T>;
+    constexpr int N = PATCH / B::LANES;
+    typename B::V sum[10][N] = {};
+    for (const T* row = patches; row < patches + size_t(s) * PATCH; row += PATCH)
+        UNROLL for (int j = 0; j < 10; j++)
+            UNROLL for (int n = 0; n < N; n++) sum[j][n] += reinterpret_cast<const typename B::Unaligned*>(row)[n] * row[j];
+    T sums[10][PATCH];
+    std::memcpy(sums, sum, sizeof sums);
     for (int j = 0; j < 9; j++) f.mean[j] = sums[9][j] / s;
     for (int j = 0; j < 9; j++)
         for (int k = 0; k < 9; k++) f.cov[j][k] = sums[j][k] / s - f.mean[j] * f.mean[k];
