@@ -70,7 +70,8 @@ def test_value_gradient_and_hessian_vector_product(
     engine: Engine, choices: dict[str, object], count: int, support: int | None
 ) -> None:
     """Seen failing with `- mean_dot` turned to plus (Hessian alone), with `i < s` left out of norm_relu_backward (inductive
-    alone), with `spread` not dividing (mean alone) and with the slope's sign turned (the derivative by gout alone)."""
+    alone), with `statistics` of all images (inductive alone), with a term left out of q_dot (Hessian alone), with `spread`
+    not dividing (mean alone) and with the slope's sign turned (the derivative by gout alone)."""
     net, params = problems.network(**choices)  # type: ignore[arg-type]
     weights, (x, y) = different(params, 2), images(net, count, tasks=2)
     engine("native")
@@ -109,8 +110,8 @@ def test_float32_is_close(engine: Engine) -> None:
 
 
 def test_weights_in_any_memory_layout_agree(engine: Engine) -> None:
-    """One copy for all tasks, a copy each, and memory in another order. Seen failing with the shared kernel's transpose left
-    out of `run`, and with _by_task returning what it was given."""
+    """One copy for all tasks, a copy each, and memory in another order. Seen failing with a shared kernel transposed in
+    the first call alone, and with _by_task returning what it was given."""
     engine("native")
     net, params = problems.network()
     x, y = images(net, 5)
@@ -126,8 +127,9 @@ def test_weights_in_any_memory_layout_agree(engine: Engine) -> None:
 
 
 def test_only_what_is_asked_for(engine: Engine) -> None:
-    """Gradients and Hessian-vector products of some of the weights. Seen failing with zeros in place of missing tangents
-    left out (refused), and with `lowest` taken from the first weight wanted, not the lowest."""
+    """Gradients and Hessian-vector products of some of the weights.
+
+    Seen failing with `lowest` taken from the highest layer wanted."""
     engine("native")
     net, params = problems.network()
     x, y = images(net, 5)
