@@ -252,7 +252,7 @@ class Gradient(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         # torch's once_differentiable does not do, see wide.py
         if torch.is_grad_enabled():
-            raise NotImplementedError("Conv4 has no third derivatives: take its second derivative without create_graph")
+            raise RuntimeError("Conv4 has no third derivatives: take its second derivative without create_graph")
         gout, *weights = ctx.saved_tensors
         tangents = tuple(
             torch.zeros_like(w[0]).expand(w.shape) if v is None else v for v, w in zip(grads, weights, strict=True)
