@@ -97,7 +97,7 @@ def armijo(
     for _ in range(halvings + 1):
         trial = tree.axpy(length, direction, at)
         now = f(trial)
-        good = ~done & (now <= value + decrease * length * slope)  # a loss that is not finite is not good
+        good = ~done & now.isfinite() & (now <= value + decrease * length * slope)
         found, best = tree.where(good, trial, found), torch.where(good, now, best)
         done = done | good
         length = length / 2
