@@ -50,7 +50,8 @@ class IMAMLHessianFree:
                 value = value + 0.5 * self.lam * tree.dot(away, away)
                 grads = tree.axpy(self.lam, away, grads)
             downhill = tree.scale(-1.0, grads)
-            direction = numerics.cg(lambda v: tree.axpy(self.lam, v, hvp(v)), downhill, self.cg_steps)  # noqa: B023
+            direction = numerics.cg(lambda v: tree.axpy(self.lam, v, hvp(v)), downhill, self.cg_steps)  # noqa: B023, F821
+            del hvp  # and its graph, before the next one is built
             with torch.no_grad():
                 slope = tree.dot(grads, direction)
                 phi, _ = numerics.armijo(objective, phi, value, slope, direction, self.inner_lr, self.halvings)
