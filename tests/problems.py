@@ -113,3 +113,26 @@ def hyper(name: str) -> dict[str, object]:
 
 def build(name: str, **changes: object) -> MetaLearner:
     return algorithms.build(name, hyper(name) | changes)
+
+
+def quadratic_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
+    """(w - y)' x (w - y) / 2 of each task. w (T, d), x (T, d, d) symmetric, y (T, d)."""
+    away = params["w"] - y
+    return 0.5 * torch.einsum("ti,tij,tj->t", away, x, away)
+
+
+def spd(conditions: list[float], size: int, seed: int = 0) -> Tensor:
+    """A matrix of each condition number, (T, d, d): eigenvalues from 1 up, log-spaced, random eigenvectors."""
+    random = torch.Generator().manual_seed(seed)
+    axes, _ = torch.linalg.qr(torch.randn(len(conditions), size, size, generator=random, dtype=torch.float64))
+    powers = torch.linspace(0, 1, size, dtype=torch.float64)
+    values = torch.tensor(conditions, dtype=torch.float64)[:, None] ** powers
+    return axes @ torch.diag_embed(values) @ axes.mT
+
+
+def quadratic_problem(conditions: list[float], size: int = 4) -> tuple[Params, TaskBatch]:
+    """Weights and tasks for `quadratic_loss`; the query's matrices and minima are others."""
+    random = torch.Generator().manual_seed(2)
+    w, *minima = torch.randn(1 + 2 * len(conditions), size, generator=random, dtype=torch.float64)
+    b, c = torch.stack(minima).chunk(2)
+    return {"w": w}, TaskBatch(spd(conditions, size), b, spd(conditions, size, seed=1), c)
