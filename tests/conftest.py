@@ -1,5 +1,6 @@
 """A small project of its own for tests of the stages."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,18 @@ def shrink(file: Path) -> None:
             "meta_steps": 4, "meta_batch": 2, "validate_every": 2,
         }}}  # fmt: skip
     change(file, values)
+
+
+def copy_project(folder: Path) -> None:
+    """The project's code and pipeline, without data and results, for tests that run DVC or add to the code."""
+    names = ("metalib", "stages", "tests", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml")
+    for name in (*names, "params.yaml", "pyproject.toml"):
+        source, target = ROOT / name, folder / name
+        target.parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
 
 
 @pytest.fixture

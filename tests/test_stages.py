@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from metalib import algorithms
 from stages import compare, evaluate, fetch, leaderboard, meta_train, preprocess, split
-from tests.conftest import ROOT, Edit, Stage, shrink
+from tests.conftest import Edit, Stage, copy_project, shrink
 
 names = algorithms.names()
 
@@ -166,13 +166,7 @@ def test_an_experiment_through_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    for name in ("metalib", "stages", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"):
-        source, target = ROOT / name, tmp_path / name
-        target.parent.mkdir(exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, target)
+    copy_project(tmp_path)
     shrink(tmp_path / "params.yaml")
     run("git", "init", "--quiet")
     run("git", "add", ".")

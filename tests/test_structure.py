@@ -1,12 +1,16 @@
 """Imports run one way; the pipeline's stages follow params.yaml."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from ruamel.yaml import YAML
+
 from metalib import algorithms
-from tests.conftest import ROOT
+from tests.conftest import ROOT, copy_project
 
 ALLOWED = {  # a module may import those on its right, and itself
     "types": set(),
@@ -15,7 +19,8 @@ ALLOWED = {  # a module may import those on its right, and itself
     "inner": {"tree", "types"},
     "models": {"types", "models"},
     "data": {"types", "randomness", "data"},
-    "algorithms": {"inner", "tree", "types"},
+    "numerics": {"tree", "types"},
+    "algorithms": {"inner", "numerics", "tree", "types"},
     "training": {"types", "tree", "algorithms", "data", "models"},
     "evaluation": {"types", "tree", "algorithms", "data", "models"},
 }
@@ -54,3 +59,32 @@ def test_dvc_has_a_stage_for_every_algorithm_and_setting() -> None:
     cells = [f"{name}-{setting}" for name in algorithms.names() for setting in settings]
     expected = {"fetch", "preprocess", "leaderboard", *(f"{s}@{x}" for s in ("split", "compare") for x in settings)}
     assert set(listed) == expected | {f"{s}@{cell}" for s in ("meta_train", "evaluate") for cell in cells}
+
+
+def test_adding_a_learner_is_one_file_and_one_section(tmp_path: Path) -> None:
+    """A toy learner in a copy of the project is found, has its stages, and is held to the contract, nothing else edited."""
+    copy_project(tmp_path)
+    fomaml = (tmp_path / "metalib/algorithms/fomaml.py").read_text()
+    (tmp_path / "metalib/algorithms/toy.py").write_text(fomaml.replace("class FOMAML", "class Toy"))
+    yaml = YAML()
+    content = yaml.load(tmp_path / "params.yaml")
+    content["algorithms"]["toy"] = content["algorithms"]["fomaml"]
+    yaml.dump(content, tmp_path / "params.yaml")
+
+    def run(*command: str) -> str:
+        return subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True).stdout
+
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    listed = run("dvc", "stage", "list", "--name-only", "--fail").split()
+    assert {f"{stage}@toy-20w5s" for stage in ("meta_train", "evaluate")} <= set(listed)
+    tested = run("pytest", "tests/test_contract.py", "-k", "toy")
+    assert " passed" in tested and "failed" not in tested, tested
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(\.\./(\S+?)\) `([\w.]+)`", (ROOT / "docs/slides.md").read_text()))
+def test_the_slides_map_points_at_what_it_names(link: tuple[str, str]) -> None:
+    """`[file](../path#L10-L20) `Name.method`` in docs/slides.md: the definition begins at line 10."""
+    place, name = link
+    path, _, lines = place.partition("#")
+    first = int(lines.split("-")[0].removeprefix("L"))
+    assert re.match(rf"\s*(def|class) {name.split('.')[-1]}\b", (ROOT / path).read_text().splitlines()[first - 1]), link

@@ -15,7 +15,7 @@ and close to first order; it tests with `lam: 0`.
 
 from typing import Literal
 
-from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -34,6 +34,12 @@ class IMAML:
     cg_steps: NonNegativeInt  # Hessian-vector products of the solver
     damping: NonNegativeFloat  # added to I
     lam_damping: NonNegativeFloat  # added to lambda, in the matrix alone
+
+    @model_validator(mode="after")
+    def _nesterov_pulls_in_each_step(self) -> "IMAML":
+        if self.inner_optimiser == "nesterov" and self.proximal == "last":
+            raise ValueError("proximal: last goes with inner_optimiser sgd alone")
+        return self
 
     def init(self, params: Params) -> Params:
         return params

@@ -14,7 +14,7 @@ The authors never released theirs; of its settings only lam = 2 and 5 CG steps a
 """
 
 import torch
-from pydantic import ConfigDict, NonNegativeInt, PositiveFloat
+from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -27,7 +27,7 @@ class IMAMLHessianFree:
     inner_lr: PositiveFloat  # the first step length the line search tries; 1 is Newton's
     inner_steps: NonNegativeInt  # Newton directions
     lam: PositiveFloat  # lambda
-    cg_steps: NonNegativeInt  # Hessian-vector products of each direction, and of the meta-gradient
+    cg_steps: PositiveInt  # Hessian-vector products of each direction, and of the meta-gradient
     halvings: NonNegativeInt  # of the step length, at most
 
     def init(self, params: Params) -> Params:
@@ -64,7 +64,6 @@ class IMAMLHessianFree:
         phi = self.adapt(loss, params, tasks.support_x, tasks.support_y)
         query_loss = loss(phi, tasks.query_x, tasks.query_y)
         grads = tree.grad(query_loss.sum(), phi)
-        if self.cg_steps:
-            _, _, hvp = numerics.hessian(lambda p: loss(p, tasks.support_x, tasks.support_y), phi)
-            grads = numerics.cg(lambda v: tree.axpy(1 / self.lam, hvp(v), v), grads, self.cg_steps)
+        _, _, hvp = numerics.hessian(lambda p: loss(p, tasks.support_x, tasks.support_y), phi)
+        grads = numerics.cg(lambda v: tree.axpy(1 / self.lam, hvp(v), v), grads, self.cg_steps)
         return MetaGradient(tree.mean_tasks(grads), query_loss.detach())

@@ -31,7 +31,7 @@ class Conv4:
     image_size: int = 28
     downsample: Literal["stride", "maxpool"] = "stride"  # stride-2 convolutions, or stride 1 and 2 x 2 max-pooling
     features: Literal["flatten", "mean"] = "flatten"  # what the head sees of the last maps: every value, or their mean
-    head_init: Literal["glorot", "normal"] = "glorot"  # the head's first weights: Glorot uniform, or N(0, 1) as MAML's code
+    head_init: Literal["glorot", "normal", "zero"] = "glorot"  # the head's first weights: Glorot uniform; N(0, 1): MAML's code
     filters: PositiveInt = 64
 
     def init(self, generator: torch.Generator) -> Params:
@@ -49,10 +49,11 @@ class Conv4:
             params[f"norm{layer}.bias"] = torch.zeros(self.filters, device=device)
             c = self.filters
         n = self.filters * (self.last_size**2 if self.features == "flatten" else 1)
-        if self.head_init == "glorot":
-            params["head.weight"] = glorot(self.way, n, fan_in=n, fan_out=self.way)
-        else:
-            params["head.weight"] = torch.randn(self.way, n, generator=generator, device=device)
+        params["head.weight"] = {
+            "glorot": lambda: glorot(self.way, n, fan_in=n, fan_out=self.way),
+            "normal": lambda: torch.randn(self.way, n, generator=generator, device=device),
+            "zero": lambda: torch.zeros(self.way, n, device=device),
+        }[self.head_init]()
         params["head.bias"] = torch.zeros(self.way, device=device)
         return params
 
