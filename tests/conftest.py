@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 from typer import Typer
 from typer.testing import CliRunner
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parents[1]
 Edit = Callable[..., None]
 Stage = Callable[..., str]
+
+torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 
 TINY = {
     "data.source": "glyphs",
