@@ -50,6 +50,27 @@ def smooth_problem(tasks: int = 4, way: int = 3, dtype: torch.dtype = torch.floa
     return params, TaskBatch(normal(tasks, 2 * way, 3), labels, normal(tasks, 2 * way, 3), labels, classes)
 
 
+def mean_quadratic_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
+    """Mean over the set of (w - b)' A (w - b) / 2. w (T, d), A = x (T, B, d, d), b = y (T, B, d): quadratics for images."""
+    away = params["w"].unsqueeze(1) - y
+    return 0.5 * torch.einsum("tbi,tbij,tbj->tb", away, x, away).mean(1)
+
+
+def quadratics(tasks: int, count: int, size: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A (T, B, d, d), symmetric with eigenvalues near 1, and b (T, B, d) for `mean_quadratic_loss`."""
+    random = torch.Generator().manual_seed(seed)
+    a = torch.randn(tasks, count, size, size, generator=random, dtype=torch.float64)
+    b = torch.randn(tasks, count, size, generator=random, dtype=torch.float64)
+    return torch.eye(size, dtype=torch.float64) + 0.2 * (a + a.mT), b
+
+
+def losses_and_gradients(loss: object, phi: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Params]:
+    """Every task's loss (T,) and gradient (T, *shape), without a graph."""
+    leaves = {name: value.detach().requires_grad_() for name, value in phi.items()}
+    value = loss(leaves, x, y)  # type: ignore[operator]
+    return value.detach(), dict(zip(leaves, torch.autograd.grad(value.sum(), list(leaves.values())), strict=True))
+
+
 def image_batch(tasks: int, way: int, shot: int, query: int, dtype: torch.dtype = torch.float64, size: int = 28) -> TaskBatch:
     """Random drawings: about a tenth of the pixels is ink."""
     random = torch.Generator().manual_seed(1)
