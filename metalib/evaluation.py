@@ -24,17 +24,27 @@ class Accuracy(NamedTuple):
 
 
 def evaluate(
-    learner: MetaLearner, network: Conv4, params: Params, characters: Tensor, tasks: Tasks, shot: int, chunk: int = 16
+    learner: MetaLearner,
+    network: Conv4,
+    params: Params,
+    characters: Tensor,
+    tasks: Tasks,
+    shot: int,
+    chunk: int = 16,
+    every_step: bool = True,
 ) -> Accuracy:
-    """Adapt to every task and classify its queries. `chunk` tasks at a time; the result does not depend on it."""
+    """Adapt to every task and classify its queries. `chunk` tasks at a time; the result does not depend on it.
+
+    Without `every_step` the accuracies are those after the last inner step alone, (1, tasks).
+    """
     parts = [
-        evaluate_batch(learner, network, params, gather(characters, Tasks(*some), shot))
+        evaluate_batch(learner, network, params, gather(characters, Tasks(*some), shot), every_step)
         for some in zip(*(index.split(chunk) for index in tasks), strict=True)
     ]
     return Accuracy(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
 
 
-def evaluate_batch(learner: MetaLearner, network: Conv4, params: Params, batch: TaskBatch) -> Accuracy:
+def evaluate_batch(learner: MetaLearner, network: Conv4, params: Params, batch: TaskBatch, every_step: bool = True) -> Accuracy:
     """`evaluate` for tasks that are at hand as images."""
     support = batch.support_x.shape[1]
     together = torch.cat([batch.support_x, batch.query_x], 1)
@@ -49,7 +59,9 @@ def evaluate_batch(learner: MetaLearner, network: Conv4, params: Params, batch: 
             scores.append((logits.argmax(-1) == batch.query_y).float().mean(1))
 
     # Adaptation sees the support set alone, normalised by its own statistics: the same under both protocols.
-    learner.adapt(network.loss, params, batch.support_x, batch.support_y, watch)
+    adapted = learner.adapt(network.loss, params, batch.support_x, batch.support_y, watch if every_step else None)
+    if not every_step:
+        watch(adapted)
     return Accuracy(torch.stack(transductive), torch.stack(inductive))
 
 

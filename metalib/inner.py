@@ -101,9 +101,9 @@ def adam(
         second = tree.map_with(lambda v, g: torch.lerp(v, g.square(), 1 - beta2), second, grads)
         weight = torch.lerp(weight, torch.ones_like(weight), 1 - beta2)
         squares = tree.scale(1 / weight, second)
-        params = tree.detach(
-            tree.map_with(lambda p, g, v: torch.addcdiv(p, g, v.sqrt_().add_(eps), value=-lr), params, grads, squares)
-        )
+        with torch.no_grad():
+            params = tree.map_with(lambda p, g, v: torch.addcdiv(p, g, v.sqrt_().add_(eps), value=-lr), params, grads, squares)
+        params = tree.detach(params)
         if watch:
             watch(params)
     return params, second, weight

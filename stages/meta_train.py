@@ -106,7 +106,7 @@ def train(
         return tasks.with_support(batch) if cell.statistics == "inductive" else batch
 
     def score(weights: metalib.types.Params) -> float:
-        accuracy = evaluation.evaluate(tester, network, weights, characters, validation, shot)
+        accuracy = evaluation.evaluate(tester, network, weights, characters, validation, shot, every_step=False)
         return float(getattr(accuracy, cell.statistics)[-1].mean())
 
     return training.train(

@@ -150,6 +150,10 @@ def cell(file: File, algorithm: str, setting_name: str) -> Cell:
     algorithms.build(algorithm, values)  # refuses what is missing, unknown or out of range, before anything runs
     algorithms.build(algorithm, values | test)
     outer_loop = _checked(Outer, outer, f"{where}.outer")
+    if values.get("moments") == "carried" and (outer_loop.optimiser != "sgd" or outer_loop.lr > 1):
+        raise ValueError(
+            f"{where}.moments: carried goes with outer.optimiser sgd and outer.lr of at most 1; moments stay positive"
+        )
     images = _checked(Images, train, f"{where}.train")
     shape = setting(file, setting_name)
     shot, query = images.shot or shape.shot, images.query or shape.query

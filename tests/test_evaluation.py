@@ -59,3 +59,5 @@ def test_the_chunk_size_changes_nothing() -> None:
     parts = evaluation.evaluate(learner, net, params, images, drawn, shot=1, chunk=2)
     assert whole.transductive.shape == (3, 7)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    last = evaluation.evaluate(learner, net, params, images, drawn, shot=1, every_step=False)
+    assert all(torch.equal(a[-1:], b) for a, b in zip(whole, last, strict=True))

@@ -236,6 +236,5 @@ def test_plus_plus_keeps_to_the_steps_of_its_training(steps: int) -> None:
     with pytest.raises(ValueError) as refused:
         plus_plus(inner_steps=steps).adapt(problems.smooth_loss, meta, batch.support_x, batch.support_y)
     assert str(refused.value) == (
-        f"maml_plus_plus.inner_steps: {steps}, but the meta-parameters have batch norm for 3 steps; "
-        "test with as many steps as in training"
+        f"maml_plus_plus.inner_steps: {steps}, but the meta-parameters are for 3 steps; test with as many steps as in training"
     )

@@ -3,10 +3,10 @@
 One classifier for all meta-training classes is trained as any network is; a new task keeps its body, gets a new head, and is
 fine-tuned by gradient descent. The meta-gradient is the gradient of the joint cross-entropy, over all classes at once,
 
-    g = d/d theta  mean over images of  -log softmax(W f(x))_class,      W (classes, features),
+    g = d/d theta  mean of  -log softmax(W f(x))_class,      W (classes, features),
 
-on both sets of each task, without any inner loop: "fine-tuning ignores the process of learning when transferring knowledge".
-(Leap's own version has one head per alphabet instead of one for all.)
+over both sets of each task, half and half (`query_loss` is that mean), without any inner loop: "fine-tuning ignores the
+process of learning when transferring knowledge". (Leap's own version has one head per alphabet instead of one for all.)
 """
 
 from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt

@@ -8,13 +8,13 @@ so the inner solver need not be differentiable. Here it is Newton-CG with line s
 algorithm 7.1): each inner step solves (H + lam I) d = -grad G by `cg_steps` steps of conjugate gradient, which stop at
 negative curvature, and backtracks along d until G falls enough (Armijo). The meta-gradient is imaml.py's,
 
-    g = (I + H/lam)^-1 grad L_B(phi).
+    g = (I + H/lam)^-1 grad L_B(phi),      with imaml.py's two dampings.
 
 The authors never released theirs; of its settings only lam = 2 and 5 CG steps are published.
 """
 
 import torch
-from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -28,6 +28,8 @@ class IMAMLHessianFree:
     inner_steps: NonNegativeInt  # Newton directions
     lam: PositiveFloat  # lambda
     cg_steps: PositiveInt  # Hessian-vector products of each direction, and of the meta-gradient
+    damping: NonNegativeFloat  # added to I, in the meta-gradient alone
+    lam_damping: NonNegativeFloat  # added to lambda, in the meta-gradient's matrix alone
     halvings: NonNegativeInt  # of the step length, at most
 
     def init(self, params: Params) -> Params:
@@ -65,5 +67,6 @@ class IMAMLHessianFree:
         query_loss = loss(phi, tasks.query_x, tasks.query_y)
         grads = tree.grad(query_loss.sum(), phi)
         _, _, hvp = numerics.hessian(lambda p: loss(p, tasks.support_x, tasks.support_y), phi)
-        grads = numerics.cg(lambda v: tree.axpy(1 / self.lam, hvp(v), v), grads, self.cg_steps)
+        lam = self.lam + self.lam_damping
+        grads = numerics.cg(lambda v: tree.axpy(1 / lam, hvp(v), tree.scale(1 + self.damping, v)), grads, self.cg_steps)
         return MetaGradient(tree.mean_tasks(grads), query_loss.detach())

@@ -44,22 +44,24 @@ class Leap:
     def meta_gradient(self, loss: TaskLoss, params: Params, tasks: TaskBatch, progress: Tensor | None = None) -> MetaGradient:
         theta = tree.detach(tree.tile(params, len(tasks.support_x)))
         total = tree.scale(0.0, theta)
+        here = loss(theta, *self._batch(tasks, 0))
         for step in range(self.inner_steps):
-            x, y = inner.minibatch(tasks.support_x, tasks.support_y, self.inner_batch, step)
-            here = loss(theta, x, y)
             grads = tree.grad(here.sum(), theta)
+            after = tree.detach(tree.axpy(-self.inner_lr, grads, theta))
+            there = loss(after, *self._batch(tasks, step + 1))  # each end of the segment on its own mini-batch
             with torch.no_grad():
-                after = tree.axpy(-self.inner_lr, grads, theta)
-                change = torch.zeros_like(here)
-                if self.loss:  # each end of the segment on its own mini-batch, as training goes
-                    there = loss(after, *inner.minibatch(tasks.support_x, tasks.support_y, self.inner_batch, step + 1))
-                    change = -(there - here).abs() if self.stabiliser else there - here
+                change = there - here if self.loss else torch.zeros_like(here)
+                if self.stabiliser:
+                    change = -change.abs()
                 moved = tree.sub(theta, after)
                 increment = tree.axpy(-change, grads, moved)
                 if self.norm:
                     length = (change.square() + tree.dot(moved, moved)).sqrt()
                     increment = tree.scale(torch.where(length > 0, 1 / length, 0), increment)
                 total = tree.axpy(1.0, increment, total)
-            theta = tree.detach(after)
+            theta, here = after, there
         with torch.no_grad():
             return MetaGradient(tree.mean_tasks(total), loss(theta, tasks.query_x, tasks.query_y))
+
+    def _batch(self, tasks: TaskBatch, step: int) -> tuple[Tensor, Tensor]:
+        return inner.minibatch(tasks.support_x, tasks.support_y, self.inner_batch, step)

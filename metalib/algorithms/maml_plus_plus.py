@@ -59,10 +59,11 @@ class MAMLPlusPlus:
     def _descend(self, loss: TaskLoss, params: Params, x: Tensor, y: Tensor, *, create_graph: bool) -> list[Params]:
         """The weights (T, *shape) that classify queries after 0, 1, ..., K steps."""
         tasks, norms = len(x), {name for name in params if name.startswith(NORM)}
-        if any(len(params[name]) != self.inner_steps for name in norms):
+        trained = next(len(value) for name, value in params.items() if name.startswith(RATE))
+        if trained != self.inner_steps:
             raise ValueError(
-                f"maml_plus_plus.inner_steps: {self.inner_steps}, but the meta-parameters have batch norm for "
-                f"{min(len(params[name]) for name in norms)} steps; test with as many steps as in training"
+                f"maml_plus_plus.inner_steps: {self.inner_steps}, but the meta-parameters are for {trained} steps; "
+                "test with as many steps as in training"
             )
         phi = tree.tile({n: v for n, v in params.items() if n not in norms and not n.startswith(RATE)}, tasks)
         steps = [phi | tree.tile({name: params[name][0] for name in norms}, tasks)]

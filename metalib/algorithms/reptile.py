@@ -12,7 +12,7 @@ There is no query set in it: the images a meta-training task has are all for the
 from typing import Literal
 
 import torch
-from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -30,13 +30,20 @@ class Reptile:
     inner_batch: PositiveInt | None  # images in an inner step; null: the whole support set
     inner_optimiser: Literal["sgd", "adam"]  # adam: with beta1 = 0
     moments: Literal["reset", "carried"]  # Adam's second moments: fresh in every task, or meta-learned as the weights are
-    # (the authors' code never resets them, so a task starts from the moments the last one left; here, from the mean over all)
+    # (the authors' code never resets them, so a task starts from the moments the last one left; here, from their running mean.
+    # Moments must stay positive: carried goes with an outer SGD of a rate of at most 1)
+
+    @model_validator(mode="after")
+    def _sgd_has_no_moments(self) -> "Reptile":
+        if self.moments == "carried" and self.inner_optimiser == "sgd":
+            raise ValueError("moments: carried goes with inner_optimiser adam alone; SGD has none")
+        return self
 
     def init(self, params: Params) -> Params:
         if self.moments == "reset":
             return params
         second = {SECOND + name: torch.zeros_like(value) for name, value in params.items()}
-        return params | second | {WEIGHT: torch.zeros_like(next(iter(params.values()))[..., :0].sum())}
+        return params | second | {WEIGHT: next(iter(params.values())).new_zeros(())}
 
     def adapt(self, loss: TaskLoss, params: Params, x: Tensor, y: Tensor, watch: Watch | None = None) -> Params:
         phi = self._run(loss, params, x, y, watch)
