@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib
-import numpy as np
 import torch
 import typer
 
@@ -51,7 +50,7 @@ def compared(setting: str, names: list[str]) -> list[Difference]:
     """Paired differences of the seeds' mean accuracy on the tasks that all algorithms were tested on."""
     accuracies = {}
     for name in names:
-        with np.load(files.results_file(setting, name)) as arrays:
+        with files.load_arrays(files.results_file(setting, name), f"evaluate@{name}-{setting}") as arrays:
             accuracies[name] = torch.from_numpy(arrays["transductive"])[:, -1].mean(0)
     count = min(len(values) for values in accuracies.values())
     return differences({name: values[:count] for name, values in accuracies.items()})

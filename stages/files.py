@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +70,7 @@ def save_arrays(path: Path, **arrays: Any) -> None:
 
 
 def load_characters() -> Characters:
-    with _open(CHARACTERS, "preprocess") as arrays:
+    with load_arrays(CHARACTERS, "preprocess") as arrays:
         values = {name: arrays[name] for name in Characters._fields}
         return Characters(**values | {name: str(arrays[name]) for name in ("source", "drawn")})
 
@@ -84,7 +85,7 @@ class TaskFile(NamedTuple):
 
 
 def load_tasks(setting: str) -> TaskFile:
-    with _open(tasks_file(setting), f"split@{setting}") as arrays:
+    with load_arrays(tasks_file(setting), f"split@{setting}") as arrays:
         validation, test = (
             Tasks(*(torch.from_numpy(arrays[f"{part}_{name}"].astype(np.int64)) for name in Tasks._fields))
             for part in ("validation", "test")
@@ -102,8 +103,11 @@ def first(tasks: Tasks, count: int, what: str) -> Tasks:
     return Tasks(*(index[:count] for index in tasks))
 
 
-def _open(path: Path, stage: str) -> Any:
+@contextmanager
+def load_arrays(path: Path, stage: str) -> Iterator[Any]:
+    """The arrays of a .npz that `stage` makes; ValueError when it is missing, damaged, or of another version."""
     try:
-        return np.load(path)
-    except (OSError, ValueError) as error:
+        with np.load(path) as arrays:
+            yield arrays
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}); make it with: dvc repro {stage}") from None

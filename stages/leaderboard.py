@@ -39,7 +39,11 @@ def main() -> None:
         if metrics[s]
     ]
     text += ["## What each column is of", "\n".join(lines)]
-    text.append("Published: the table of the slides, 600 tasks, transductive, one query image per class and shot.")
+    text.append(
+        "Published: transductive, on test tasks of their own; the table of the slides and, where it has no row, the papers: "
+        "Meta-SGD (Li et al. 2017), MAML++ (Antoniou et al. 2019, an ensemble), ANIL (Raghu et al. 2020). 600 tasks and as "
+        "many query images per class as shots; Reptile: 10,000 and one."
+    )
     with files.whole(Path("reports/leaderboard.md")) as beside:
         beside.write_text("\n\n".join(text) + "\n")
     with files.whole(Path("plots/leaderboard.csv")) as beside:

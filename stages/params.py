@@ -146,11 +146,14 @@ def cell(file: File, algorithm: str, setting_name: str) -> Cell:
         validation_tasks = counts.settings[f"s{setting_name}"].validation_tasks
     except KeyError as error:
         raise ValueError(f"{FILE} has no {error.args[0]} where {where} or budgets.{budget} needs one") from None
-    network, outer, test, train = (dict(values.pop(key, None) or {}) for key in ("network", "outer", "test", "train"))
+    groups = [values.pop(key, None) or {} for key in ("network", "outer", "test", "train")]
+    if not all(isinstance(group, dict) for group in groups):
+        raise ValueError(f"{where}: network, outer, test and train are mappings, got {groups}")
+    network, outer, test, train = groups
     algorithms.build(algorithm, values)  # refuses what is missing, unknown or out of range, before anything runs
     algorithms.build(algorithm, values | test)
     outer_loop = _checked(Outer, outer, f"{where}.outer")
-    if values.get("moments") == "carried" and (outer_loop.optimiser != "sgd" or outer_loop.lr > 1):
+    if "carried" in (values.get("moments"), test.get("moments")) and (outer_loop.optimiser != "sgd" or outer_loop.lr > 1):
         raise ValueError(
             f"{where}.moments: carried goes with outer.optimiser sgd and outer.lr of at most 1; moments stay positive"
         )
@@ -192,5 +195,6 @@ def _merge(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """`own` over `common`, group by group."""
     merged = dict(common)
     for key, value in own.items():
-        merged[key] = _merge(merged.get(key, {}), value) if isinstance(value, dict) else value
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
     return merged

@@ -132,8 +132,31 @@ def hyper(name: str) -> dict[str, object]:
     return {key: value for key, value in section.items() if key not in ("network", "outer", "test", "train")}
 
 
-def build(name: str, **changes: object) -> MetaLearner:
-    return algorithms.build(name, hyper(name) | changes)
+ADAM = {"inner_optimiser": "adam", "inner_lr": 0.01}
+VARIANTS: dict[str, dict[str, object]] = {  # roads through a learner that params.yaml does not take at its quick budget
+    "reptile:adam": ADAM,
+    "reptile:carried": ADAM | {"moments": "carried"},
+    "reptile:batches": {"inner_batch": 4},  # of six images: the third step goes round
+    "leap:batches": {"inner_batch": 4},
+    "leap:energy": {"norm": False},
+    "leap:weights": {"loss": False},
+    "imaml:undamped": {"damping": 0.0, "lam_damping": 0.0},
+    "imaml:nesterov": {"inner_optimiser": "nesterov"},
+    "imaml:neumann": {"solver": "neumann"},
+    "imaml:released": {"proximal": "last"},
+    "imaml:first-order": {"cg_steps": 0},
+    "imaml_hf:undamped": {"damping": 0.0, "lam_damping": 0.0},
+}
+
+
+def cases() -> list[str]:
+    """Every learner at its quick budget, and the variants."""
+    return [*algorithms.names(), *VARIANTS]
+
+
+def build(case: str, **changes: object) -> MetaLearner:
+    name = case.partition(":")[0]
+    return algorithms.build(name, hyper(name) | VARIANTS.get(case, {}) | changes)
 
 
 def quadratic_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every learner keeps to, whatever it is: each test runs for every file of metalib/algorithms."""
+"""What every learner keeps to, whatever it is: each test runs for every file of metalib/algorithms, and for variants."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from metalib import algorithms
 from metalib.types import TaskBatch
 from tests import problems
 
-every = pytest.mark.parametrize("name", algorithms.names())
+every = pytest.mark.parametrize("name", problems.cases())
 
 
 @every
@@ -83,6 +83,9 @@ def test_a_task_that_diverges_does_not_touch_its_neighbours(name: str) -> None:
     _, clean = learner.meta_gradient(problems.smooth_loss, meta, batch)
     _, loss = learner.meta_gradient(problems.smooth_loss, meta, TaskBatch(poisoned, *batch[1:]))
     torch.testing.assert_close(loss[[0, 2, 3]], clean[[0, 2, 3]], rtol=1e-12, atol=0)
+    phi = learner.adapt(problems.smooth_loss, meta, poisoned, batch.support_y)
+    stayed = torch.equal(phi["a"][1], meta["a"])  # as a line search has it stay
+    assert stayed or not loss[1].isfinite()
 
 
 @every
@@ -96,7 +99,7 @@ def test_float32_agrees_with_float64(name: str) -> None:
         torch.testing.assert_close(grads[torch.float32][key].double(), value, rtol=1e-4, atol=1e-5)
 
 
-@every
+@pytest.mark.parametrize("name", algorithms.names())
 @pytest.mark.parametrize(("change", "complaint"), [
     ({"inner_lr": -0.1}, "inner_lr: Input should be greater than 0, got -0.1"),
     ({"inner_steps": -1}, r"inner_steps: Input should be greater than (or equal to )?0, got -1"),
@@ -108,7 +111,7 @@ def test_bad_hyper_parameters_are_refused_by_name(name: str, change: dict[str, o
         problems.build(name, **change)
 
 
-@every
+@pytest.mark.parametrize("name", algorithms.names())
 def test_a_missing_hyper_parameter_is_named(name: str) -> None:
     with pytest.raises(ValueError, match="is missing"):
         algorithms.build(name, {})

@@ -204,7 +204,7 @@ def test_error_of_the_gradient_falls_with_cg_steps_as_theory_says(solver: str) -
 @pytest.mark.parametrize("solver", ["sgd", "neumann", "hessian-free"])
 @pytest.mark.parametrize(("damping", "lam_damping"), [(1.0, 10.0), (0.0, 10.0), (1.0, 0.0)])
 def test_damping(solver: str, damping: float, lam_damping: float) -> None:
-    """((1 + damping) I + H / (lam + lam_damping))^-1 grad L_B(phi) by a dense solve; phi after three steps, not converged, or solved.
+    """((1 + damping) I + H / (lam + lam_damping))^-1 grad L_B(phi) by a dense solve; phi after three steps, or solved.
 
     Seen failing with lam_damping taken for the pull, with damping forgotten in either solver, with the Neumann sum scaled by
     lam alone, and with lam_damping replacing lam.

@@ -233,6 +233,11 @@ def test_a_meta_step_never_waits_for_the_host(
     whole_meta_step(name, optimiser, monkeypatch, statistics)
 
 
+@pytest.mark.parametrize("case", problems.VARIANTS)
+def test_nor_does_a_variant(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_meta_step(case, "sgd", monkeypatch)
+
+
 @pytest.mark.parametrize("planted", ["item", "host tensor"])
 def test_what_would_wait_is_noticed(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above sees a `.item()` and a tensor from the host."""

@@ -39,6 +39,8 @@ def build(name: str, hyper: dict[str, Any]) -> MetaLearner:
 def describe(error: ValidationError, where: str) -> str:
     """The first complaint of pydantic as one sentence: which parameter, what is wrong, the value."""
     first = error.errors()[0]
+    if not first["loc"] or first["type"] == "value_error":  # of several parameters together
+        return f"{'.'.join([where, *(str(part) for part in first['loc'])])}: {first['msg'].removeprefix('Value error, ')}"
     field = ".".join([where, *(str(part) for part in first["loc"])])
     if first["type"] in ("missing", "missing_argument"):
         return f"{field} is missing"

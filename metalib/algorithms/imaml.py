@@ -9,8 +9,8 @@ Slides "iMAML": the inner problem is proximal, and the meta-gradient depends on 
 cg_steps 0 is the first-order limit of the slides' summary, g = grad L_B(phi).
 
 The released code (github.com/aravindr93/imaml_dev) solves something else: `proximal: last`, `damping: 1`, `lam_damping: 10` is
-its inner loop (plain descent, then one proximal step) and its matrix, (1 + damping) I + H/(lam + lam_damping), half as large
-and close to first order; it tests with `lam: 0`.
+its inner loop (plain descent, then one proximal step) and its matrix, (1 + damping) I + H/(lam + lam_damping), whose gradient
+is half as large and close to first order; it tests with `lam: 0`.
 """
 
 from typing import Literal
@@ -39,6 +39,8 @@ class IMAML:
     def _nesterov_pulls_in_each_step(self) -> "IMAML":
         if self.inner_optimiser == "nesterov" and self.proximal == "last":
             raise ValueError("proximal: last goes with inner_optimiser sgd alone")
+        if self.inner_optimiser == "nesterov" and not 0 < self.inner_lr * self.lam <= 1:
+            raise ValueError("inner_optimiser: nesterov wants inner_lr * lam above 0 and at most 1")
         return self
 
     def init(self, params: Params) -> Params:
@@ -68,7 +70,9 @@ class IMAML:
             if self.solver == "cg":
                 matvec = lambda v: tree.axpy(1 / lam, hvp(v), tree.scale(1 + self.damping, v))  # noqa: E731
                 grads = numerics.cg(matvec, grads, self.cg_steps)
-            else:  # lam (lam I + H)^-1, where the series converges at every rate that gradient descent on G converges at
-                matvec = lambda v: tree.axpy(lam * (1 + self.damping), v, hvp(v))  # noqa: E731
-                grads = tree.scale(lam, numerics.neumann(matvec, grads, self.cg_steps, self.inner_lr))
+            else:  # lam (shift I + H)^-1, at a rate at which the series converges wherever gradient descent on G does
+                shift = lam * (1 + self.damping)
+                rate = self.inner_lr / (1 + self.inner_lr * (shift - self.lam))
+                matvec = lambda v: tree.axpy(shift, v, hvp(v))  # noqa: E731
+                grads = tree.scale(lam, numerics.neumann(matvec, grads, self.cg_steps, rate))
         return MetaGradient(tree.mean_tasks(grads), query_loss.detach())
