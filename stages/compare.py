@@ -190,10 +190,11 @@ def draw(
     left.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     for name in reversed(names):
         colour, line_style = style[name]
-        x, y = [p["step"] for p in curves[name]], [p["validation"] for p in curves[name]]
+        curve = curves[name] if len(curves[name]) > 1 else []  # a single point is of a learner that learns nothing
+        x, y = [p["step"] for p in curve], [p["validation"] for p in curve]
         middle.plot(x, y, "o", linestyle=line_style, color=colour, label=name, markersize=3)
-        steps = [int(k[1:]) for k in metrics[name]["by_step"]]
-        right.plot(steps, list(metrics[name]["by_step"].values()), "o", linestyle=line_style, color=colour, markersize=3)
+        by_steps = {int(k[1:]): accuracy for k, accuracy in metrics[name]["by_step"].items() if k != "k0"}
+        right.plot(list(by_steps), list(by_steps.values()), "o", linestyle=line_style, color=colour, markersize=3)
     middle.set(xlabel="meta-steps", ylabel="validation accuracy, %")
     right.set(xlabel="inner steps at test", ylabel="test accuracy, transductive, %")
     right.xaxis.get_major_locator().set_params(integer=True)

@@ -17,6 +17,7 @@ from metalib.models.conv4 import Conv4
 from metalib.training import Outer
 
 FILE = Path("params.yaml")
+CHARACTERS = 1623  # of Omniglot
 T = TypeVar("T")
 
 
@@ -153,6 +154,12 @@ def cell(file: File, algorithm: str, setting_name: str) -> Cell:
     algorithms.build(algorithm, values)  # refuses what is missing, unknown or out of range, before anything runs
     algorithms.build(algorithm, values | test)
     outer_loop = _checked(Outer, outer, f"{where}.outer")
+    drawn = file.data.glyphs
+    characters = CHARACTERS if file.data.source == "omniglot" else (drawn.background + drawn.evaluation) * drawn.characters
+    if values.get("classes", 4 * characters) < 4 * characters:
+        raise ValueError(
+            f"{where}.classes: {values['classes']}, but {characters} characters in 4 quarter turns are {4 * characters}"
+        )
     if "carried" in (values.get("moments"), test.get("moments")) and (outer_loop.optimiser != "sgd" or outer_loop.lr > 1):
         raise ValueError(
             f"{where}.moments: carried goes with outer.optimiser sgd and outer.lr of at most 1; moments stay positive"

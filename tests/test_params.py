@@ -49,6 +49,23 @@ def test_what_is_wrong_is_named(edit: Edit, values: dict[str, Any], complaint: s
     assert complaint in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(("name", "values", "complaint"), [
+    ("finetune", {"quick__common__classes": 100}, "finetune.quick.classes: 100, but 35 characters in 4 quarter turns are 140"),
+    ("reptile", {"quick__common__moments": "carried"}, "reptile: moments: carried goes with inner_optimiser adam alone"),
+    ("reptile", {"quick__common__moments": "carried", "quick__common__inner_optimiser": "adam"},
+     "reptile.quick.moments: carried goes with outer.optimiser sgd"),
+    ("reptile", {"quick__common__train": {"shot": 20}}, "reptile.quick.train: 20 support and 1 query images of a class"),
+    ("reptile", {"quick__common__train": 5}, "network, outer, test and train are mappings"),
+    ("imaml", {"quick__common__proximal": "last", "quick__common__inner_optimiser": "nesterov"}, "imaml: proximal: last goes"),
+    ("imaml", {"quick__common__lam": 0, "quick__common__inner_optimiser": "nesterov"}, "nesterov wants inner_lr * lam above 0"),
+])  # fmt: skip
+def test_what_does_not_go_together_is_named(edit: Edit, name: str, values: dict[str, Any], complaint: str) -> None:
+    edit(**{f"algorithms__{name}__{key}": value for key, value in values.items()})
+    with pytest.raises(ValueError) as refused:
+        params.cell(params.read(), name, "5w1s")
+    assert complaint in str(refused.value) and "\n" not in str(refused.value) and "ArgsKwargs" not in str(refused.value)
+
+
 def test_numbers_are_yaml_1_2(edit: Edit, tmp_path: Path) -> None:
     """PyYAML reads 1e-3 as a string; DVC and this reader as a number."""
     edit()
