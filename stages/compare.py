@@ -94,7 +94,7 @@ def report(title: str, setting: str, line: str, metrics: dict[str, dict[str, Any
             name,
             tables.percent(row["accuracy"], row["ci95"]),
             tables.percent(row["inductive"], row["inductive_ci95"]),
-            f"{theirs[0]} ± {theirs[1]}" if theirs else "-",
+            tables.published_text(*theirs) if theirs else "-",
             f"{row['seed_std']:.2f}" if "seed_std" in row else "-",
             str(len(row["by_step"]) - 1),
             f"{row['train_shot']} + {row['train_query']}",
@@ -180,8 +180,8 @@ def draw(
             (row["inductive"], row["inductive_ci95"], "s", "#0072B2", 0.0),
         ]
         if (name, setting) in known:
-            accuracy, half = map(float, known[name, setting])
-            shown.append((accuracy, half, "D", "#D55E00", -0.2))
+            accuracy, half = known[name, setting]
+            shown.append((float(accuracy), float(half or 0), "D", "#D55E00", -0.2))
         for value, half, marker, shade, shift in shown:
             left.errorbar(value, place + shift, xerr=half, fmt=marker, color=shade, capsize=3, markersize=4)
     for marker, shade, label in (("o", "black", "transductive"), ("s", "#0072B2", "inductive"), ("D", "#D55E00", "published")):

@@ -28,7 +28,7 @@ def main() -> None:
             rows.append([name, *(tables.percent(c[kind], c[half]) if c else "-" for c in cells)])
             if kind == "accuracy" and any((name, s) in known for s in settings):
                 theirs = [known.get((name, s)) for s in settings]
-                rows.append([f"{name}, published", *(f"{t[0]} ± {t[1]}" if t else "-" for t in theirs)])
+                rows.append([f"{name}, published", *(tables.published_text(*t) if t else "-" for t in theirs)])
         text += [
             "## Transductive" if kind == "accuracy" else "## Inductive",
             tables.markdown(["algorithm", *titles], rows),
@@ -41,7 +41,7 @@ def main() -> None:
     text += ["## What each column is of", "\n".join(lines)]
     text.append(
         "Published: transductive, on test tasks of their own; the table of the slides and, where it has no row, the papers: "
-        "Meta-SGD (Li et al. 2017), MAML++ (Antoniou et al. 2019, an ensemble), ANIL (Raghu et al. 2020). 600 tasks and as "
+        "MAML++ (Antoniou et al. 2019, an ensemble), ANIL (Raghu et al. 2020). 600 test tasks and as "
         "many query images per class as shots; Reptile: 10,000 and one."
     )
     with files.whole(Path("reports/leaderboard.md")) as beside:

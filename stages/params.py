@@ -147,10 +147,11 @@ def cell(file: File, algorithm: str, setting_name: str) -> Cell:
         validation_tasks = counts.settings[f"s{setting_name}"].validation_tasks
     except KeyError as error:
         raise ValueError(f"{FILE} has no {error.args[0]} where {where} or budgets.{budget} needs one") from None
-    groups = [values.pop(key, None) or {} for key in ("network", "outer", "test", "train")]
-    if not all(isinstance(group, dict) for group in groups):
-        raise ValueError(f"{where}: network, outer, test and train are mappings, got {groups}")
-    network, outer, test, train = groups
+    groups = {key: values.pop(key, None) or {} for key in ("network", "outer", "test", "train")}
+    for key, group in groups.items():
+        if not isinstance(group, dict):
+            raise ValueError(f"{where}.{key}: a mapping is wanted, got {group!r}")
+    network, outer, test, train = groups.values()
     algorithms.build(algorithm, values)  # refuses what is missing, unknown or out of range, before anything runs
     algorithms.build(algorithm, values | test)
     outer_loop = _checked(Outer, outer, f"{where}.outer")

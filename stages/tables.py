@@ -17,9 +17,13 @@ def metrics(file: params.File, setting: str) -> dict[str, dict[str, Any]]:
 
 
 def published() -> dict[tuple[str, str], tuple[str, str]]:
-    """(algorithm, setting) -> accuracy and interval as the slides' table prints them."""
+    """(algorithm, setting) -> accuracy and interval as they were published; no interval is the empty string."""
     with open(PUBLISHED, newline="") as table:
         return {(r["algorithm"], r["setting"]): (r["accuracy"], r["ci95"]) for r in csv.DictReader(table)}
+
+
+def published_text(accuracy: str, half: str) -> str:
+    return f"{accuracy} ± {half}" if half else accuracy
 
 
 def provenance(rows: list[dict[str, Any]]) -> str:

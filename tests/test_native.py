@@ -100,7 +100,7 @@ def test_meta_gradients_are_the_same(engine: Engine, name: str, steps: int, feat
 def test_every_learner_has_the_same_meta_gradient(engine: Engine, case: str) -> None:
     """With its hyper-parameters of params.yaml, and in its variants.
 
-    Seen failing with the gradient kept from the forward handed over a second time.
+    Seen failing (the learners that use several products of one graph) with a Hessian-vector product kept for the next.
     """
     net, params = problems.network()
     batch = problems.image_batch(tasks=2, way=5, shot=2, query=1)

@@ -55,7 +55,7 @@ def test_what_is_wrong_is_named(edit: Edit, values: dict[str, Any], complaint: s
     ("reptile", {"quick__common__moments": "carried", "quick__common__inner_optimiser": "adam"},
      "reptile.quick.moments: carried goes with outer.optimiser sgd"),
     ("reptile", {"quick__common__train": {"shot": 20}}, "reptile.quick.train: 20 support and 1 query images of a class"),
-    ("reptile", {"quick__common__train": 5}, "network, outer, test and train are mappings"),
+    ("reptile", {"quick__common__train": 5}, "reptile.quick.train: a mapping is wanted, got 5"),
     ("imaml", {"quick__common__proximal": "last", "quick__common__inner_optimiser": "nesterov"}, "imaml: proximal: last goes"),
     ("imaml", {"quick__common__lam": 0, "quick__common__inner_optimiser": "nesterov"}, "nesterov wants inner_lr * lam above 0"),
 ])  # fmt: skip
