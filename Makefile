@@ -11,7 +11,7 @@ export PATH := $(BIN):$(PATH)
 
 run: setup
 	@if dvc repro --quiet fetch; then \
-	    dvc repro compare@5w1s && python -m rich.markdown reports/5w1s.md; \
+	    dvc repro compare@5w1s && python -m rich.markdown --width 110 reports/5w1s.md; \
 	elif [ -n "$$OMNIGLOT_MIRROR" ]; then \
 	    exit 1; \
 	else \
@@ -24,7 +24,7 @@ run: setup
 glyphs: setup
 	@dvc exp run --temp --force --name glyphs -S data.source=glyphs compare@5w1s
 	@experiment=$$(git for-each-ref --format='%(objectname)' --sort=-creatordate 'refs/exps/**/glyphs' | head -n 1); \
-	    git show "$$experiment:reports/5w1s.md" | python -m rich.markdown -
+	    git show "$$experiment:reports/5w1s.md" | python -m rich.markdown --width 110 -
 
 test: setup
 	ruff check .

@@ -121,8 +121,8 @@ def report(title: str, setting: str, line: str, metrics: dict[str, dict[str, Any
             "## Differences on the same test tasks",
             "Each learner and the next in rank, in points:",
             tables.markdown(["pair", "points", "p", "at 5 %"], neighbours(ranked, pairs)),
-            "Row minus column, in points, of all pairs; in brackets where the sign is not decided at 5 %:",
-            tables.markdown(["", *ranked[1:]], matrix(ranked, pairs)),
+            "Row minus column (by rank), in points, of all pairs; in brackets where the sign is not decided at 5 %:",
+            tables.markdown(["", *(str(rank) for rank in range(2, len(ranked) + 1))], matrix(ranked, pairs)),
             f"Transductive. Paired t-tests, p Holm-corrected for {len(pairs)} pair(s); all with their intervals in "
             f"plots/{setting}/differences.csv. They speak of the tasks drawn, for the weights these seeds gave; how much a "
             "training seed moves a learner is the standard deviation over seeds above.",
@@ -157,7 +157,7 @@ def matrix(ranked: list[str], pairs: list[Difference]) -> list[list[str]]:
         d = known[a, b]
         return f"{100 * d.mean:.1f}" if d.p < 0.05 else f"({100 * d.mean:.1f})"
 
-    return [[a, *(cell(a, b) for b in ranked[1:])] for a in ranked[:-1]]
+    return [[f"{rank} {a}", *(cell(a, b) for b in ranked[1:])] for rank, a in enumerate(ranked[:-1], 1)]
 
 
 def draw(
