@@ -15,7 +15,7 @@ from metalib.types import MetaLearner, Params, TaskBatch
 class Accuracy(NamedTuple):
     """Accuracy of each task after 0, 1, ..., n inner steps, (n + 1, tasks), in [0, 1].
 
-    transductive: batch norm over the whole query set, as all published gradient-based numbers are.
+    transductive: batch norm over the whole query set, as the numbers of the slides' table are.
     inductive: batch norm with the support set's statistics, so that a prediction does not depend on the other queries.
     """
 

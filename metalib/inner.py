@@ -1,7 +1,7 @@
 """Inner-loop optimisers: functions from weights (T, *shape) and a support set to adapted weights (T, *shape).
 
-All of them take x (T, S, ...), y (T, S) and show `watch` the weights after 0, 1, ..., `steps` steps. `batch` images of the
-support set are used in a step, in turn and without replacement (see `minibatch`); None uses all of them in every step.
+All of them take x (T, S, ...), y (T, S) and show `watch` the weights after 0, 1, ..., `steps` steps. Those with a `batch` use
+so many images of the support set in a step, in turn and without replacement (see `minibatch`); None: all, in every step.
 """
 
 import torch

@@ -35,7 +35,8 @@ class SplitLoss(Protocol):
         ...
 
     def head(self, params: Params, features: Tensor, y: Tensor) -> Tensor:
-        """Features (T, B, F), y (T, B) -> mean loss of each task, (T,); weights (1, *shape) serve all tasks."""
+        """Features (T, B, F), y (T, B) -> mean loss of each task, (T,); weights (1, *shape) serve all tasks,
+        weights (R, *shape) T / R tasks in a row each."""
         ...
 
 

@@ -44,6 +44,13 @@ def device() -> torch.device:
     return chosen
 
 
+def tensor_float(allowed: bool) -> None:
+    """Whether a GPU may round the factors of float32 products to 10 bits (TF32). PyTorch's own default lets convolutions."""
+    precision = "tf32" if allowed else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+
+
 def keep_heap() -> None:
     """Tell glibc to keep freed memory: the page faults of handing it back and forth cost a third of a meta-step."""
     if platform.libc_ver()[0] == "glibc":

@@ -5,13 +5,14 @@ from typing import Annotated
 
 import torch
 import typer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from metalib import algorithms, evaluation
 from metalib.data.tasks import Tasks
 from metalib.models.conv4 import Conv4
 from stages import files, params
-from stages.command import console, device, keep_heap, one_sentence
+from stages.command import console, device, keep_heap, one_sentence, tensor_float
 
 app = typer.Typer(add_completion=False)
 
@@ -31,19 +32,26 @@ def main(
     folder = files.model_folder(setting, algorithm)
     try:
         meta = json.loads((folder / "meta.json").read_text())
-    except OSError:
-        raise ValueError(f"{folder} holds no trained model; make it with: dvc repro meta_train@{algorithm}-{setting}") from None
+        trained = [load_file(folder / f"seed{seed['seed']}.safetensors") for seed in meta["seeds"]]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder} holds no whole trained model ({error}); make it with: dvc repro meta_train@{algorithm}-{setting}"
+        ) from None
     stored = files.load_tasks(setting)
-    count = file.budgets[meta["budget"]].settings[f"s{setting}"].test_tasks
+    try:
+        count = file.budgets[meta["budget"]].settings[f"s{setting}"].test_tasks
+    except KeyError as error:
+        raise ValueError(f"{params.FILE} has no {error.args[0]} under budgets, where the model of {folder} needs one") from None
     where = device()
     keep_heap()
+    tensor_float(False)
     characters = torch.from_numpy(files.load_characters().images).to(where)
     test = Tasks(*(index.to(where) for index in files.first(stored.test, count, "test_tasks")))
     network = Conv4(way=stored.protocol["way"], image_size=characters.shape[-1], **meta["network"])
     learner = algorithms.build(algorithm, meta["learner"] | meta["test"])
     seeds = []
-    for seed in meta["seeds"]:
-        weights = {k: v.to(where) for k, v in load_file(folder / f"seed{seed['seed']}.safetensors").items()}
+    for model in trained:
+        weights = {name: value.to(where) for name, value in model.items()}
         seeds.append(evaluation.evaluate(learner, network, weights, characters, test, stored.protocol["shot"]))
     accuracy = evaluation.Accuracy(*(torch.stack(part).cpu() for part in zip(*seeds, strict=True)))
     summary = summarise(accuracy)
@@ -58,6 +66,7 @@ def main(
         "train_query": meta["train_query"],
         "train_rotations": meta["rotations"],
         "train_statistics": meta["statistics"],
+        "engine": meta["engine"],
     }
     files.save_arrays(files.results_file(setting, algorithm), **{k: v.numpy() for k, v in accuracy._asdict().items()})
     with files.whole(files.metrics_file(setting, algorithm)) as beside:

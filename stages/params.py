@@ -50,6 +50,7 @@ class MetaTrain(Section):
     budget: Literal["quick", "paper"]
     statistics: Literal["transductive", "inductive"]
     rotations: Rotations
+    tf32: bool
     seed: NonNegativeInt
 
 
@@ -98,6 +99,7 @@ class Cell(Section):
     outer: Outer
     statistics: Literal["transductive", "inductive"]
     rotations: Rotations
+    tf32: bool
     train_shot: int
     train_query: int
     seeds: list[int]
@@ -177,6 +179,7 @@ def cell(file: File, algorithm: str, setting_name: str) -> Cell:
         outer=outer_loop,
         statistics=file.meta_train.statistics,
         rotations=file.meta_train.rotations,
+        tf32=file.meta_train.tf32,
         train_shot=shot,
         train_query=query,
         seeds=[file.meta_train.seed + i for i in range(counts.seeds)],

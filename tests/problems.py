@@ -29,7 +29,8 @@ class SmoothLoss:
         return hidden * params["norm.weight"].unsqueeze(1)
 
     def head(self, params: Params, features: Tensor, y: Tensor) -> Tensor:
-        logits = torch.einsum("tbh,tch->tbc", features, params["head.weight"]) + params["head.bias"].unsqueeze(1)
+        weight, bias = (params[n].repeat_interleave(len(features) // len(params[n]), 0) for n in ("head.weight", "head.bias"))
+        logits = torch.einsum("tbh,tch->tbc", features, weight) + bias.unsqueeze(1)
         return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(1)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metalib import algorithms
+from metalib import algorithms, tree
 from metalib.types import TaskBatch
 from tests import problems
 
@@ -31,6 +31,25 @@ def test_a_batch_is_the_mean_of_its_tasks(name: str) -> None:
     for key, value in grads.items():
         torch.testing.assert_close(value, torch.stack([g[key] for g, _ in alone]).mean(0), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(query_loss, torch.cat([loss for _, loss in alone]), rtol=1e-10, atol=0)
+
+
+@every
+def test_replicas_are_as_many_calls(name: str) -> None:
+    """Two sets of meta-parameters, each with tasks of its own, in one call.
+
+    Seen failing with a mean over all tasks, and with the tasks of replicas interleaved in `tile`.
+    """
+    params, batch = problems.smooth_problem()
+    learner = problems.build(name)
+    metas = [learner.init(tree.scale(1 + 0.1 * r, params)) for r in range(2)]
+    with tree.replicas(2):
+        both = {k: torch.stack([meta[k] for meta in metas]) for k in metas[0]}
+        grads, query_loss = learner.meta_gradient(problems.smooth_loss, both, batch, torch.tensor(0.05))
+    for r, meta in enumerate(metas):
+        own = TaskBatch(*(None if part is None else part[2 * r : 2 * r + 2] for part in batch))
+        alone, loss = learner.meta_gradient(problems.smooth_loss, meta, own, torch.tensor(0.05))
+        torch.testing.assert_close({k: v[r] for k, v in grads.items()}, alone, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(query_loss[2 * r : 2 * r + 2], loss, rtol=1e-10, atol=0)
 
 
 @every

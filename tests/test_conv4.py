@@ -59,17 +59,21 @@ def different(params: Params, tasks: int) -> Params:
 
 @every_network
 @pytest.mark.parametrize("statistics_from", [None, 5])
-def test_value_gradient_and_hessian_vector_product(choices: dict[str, object], statistics_from: int | None) -> None:
+@pytest.mark.parametrize("weights_of", [different, tree.tile])  # after and before the first inner step
+def test_value_gradient_and_hessian_vector_product(
+    weights_of: Callable[[Params, int], Params], choices: dict[str, object], statistics_from: int | None
+) -> None:
     """Against torch's own operators, one task (and one inductive query) at a time, in float64.
 
     Seen failing with a sign turned in wide.NormReLUBackward.backward (Hessian alone), with the taps of
-    wide._grad_input_by_taps shifted, and with the statistics of all images in first_layer (inductive alone).
+    wide._grad_input_by_taps shifted, and with the statistics of all images in first_layer (inductive alone);
+    with shared weights alone: with images and tasks exchanged in wide._by_image, and in wide._widen.
     """
     net, params = problems.network(**choices)
     batch = problems.image_batch(tasks=3, way=5, shot=1, query=2, size=net.image_size)
     x, y = torch.cat([batch.support_x, batch.query_x], 1), torch.cat([batch.support_y, batch.query_y], 1)
     skip = statistics_from or 0
-    weights = tree.detach(different(params, 3))
+    weights = tree.detach(weights_of(params, 3))
     direction = problems.directions(weights, 1)[0]
     found = []
     for logits_of in (lambda p, x: net.apply(p, x, statistics_from)[:, skip:], per_task(net, statistics_from)):

@@ -119,7 +119,7 @@ def test_divergence_names_algorithm_setting_and_step(edit: Edit, stage: Stage) -
     edit(algorithms__maml__quick__common__inner_lr=1e38)
     prepare(stage)
     said = stage(meta_train.app, "maml", "5w1s", fails=True)
-    assert "maml 5w1s seed 0: the query loss or the meta-gradient stopped being finite between meta-steps 0 and 2" in said
+    assert "maml 5w1s seed 0, 1: the query loss or the meta-gradient stopped being finite between meta-steps 0 and 2" in said
     assert not Path("models/5w1s/maml").exists()
 
 

@@ -27,26 +27,36 @@ OPTIMISERS: dict[str, dict[str, Any]] = {
 every_optimiser = pytest.mark.parametrize("optimiser", list(OPTIMISERS))
 
 
-def run(outer: dict[str, Any], checkpoint: Path | None = None, **changes: Any) -> Iterator[training.Progress | training.Result]:
+def run(
+    outer: dict[str, Any],
+    checkpoint: Path | None = None,
+    seeds: tuple[int, ...] = (0,),
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> Iterator[training.Progress | training.Result]:
     """MAML on random drawings with a small Conv4."""
     net = Conv4(way=3, image_size=16, filters=4)
     images = (torch.rand(12, 6, 16, 16, generator=generator(0, "images")) < 0.2).to(torch.uint8) * 255
 
-    def sample(random: torch.Generator, count: int) -> TaskBatch:
-        drawn = tasks.draw(count, torch.arange(12), way=3, images=2, drawers=6, rotations="classes", generator=random)
-        return tasks.gather(images, drawn, 1)
+    def sample(randoms: list[torch.Generator], count: int) -> TaskBatch:
+        drawn = [
+            tasks.draw(count, torch.arange(12), way=3, images=2, drawers=6, rotations="classes", generator=random)
+            for random in randoms
+        ]
+        batch = tasks.gather(images, tasks.Tasks(*(torch.cat(parts) for parts in zip(*drawn, strict=True))), 1)
+        return batch._replace(support_x=batch.support_x.to(dtype), query_x=batch.query_x.to(dtype))
 
     arguments = {
         "learner": algorithms.build("maml", {"inner_lr": 0.4, "inner_steps": 1}),
         "loss": net.loss,
-        "params": net.init(generator(0, "initial weights")),
+        "params": [{k: v.to(dtype) for k, v in net.init(generator(seed, "initial weights")).items()} for seed in seeds],
         "sample": sample,
         "score": lambda params: float(params["head.bias"][0].sigmoid()),
     } | changes
     return training.train(
         **arguments,
         outer=training.Outer(**(OUTER | outer)),
-        generator=generator(0, "tasks"),
+        generators=[generator(seed, "tasks") for seed in seeds],
         checkpoint=checkpoint,
         report_every=1,
     )
@@ -81,7 +91,7 @@ def test_a_killed_training_ends_as_it_would_have(optimiser: str, killed_after: i
     assert isinstance(first, training.Progress) and first.step == killed_after // 2 * 2
     taken_up = result(again)
     assert taken_up.history == whole.history and taken_up.best_step == whole.best_step
-    assert all(torch.equal(taken_up.params[k], v) for k, v in whole.params.items())
+    assert all(torch.equal(taken_up.params[0][k], v) for k, v in whole.params[0].items())
     assert list(checkpoint.parent.iterdir()) == []
 
 
@@ -94,9 +104,57 @@ def test_the_best_validated_weights_are_kept() -> None:
         return next(scores)
 
     end = result(run(OPTIMISERS["adam"], score=score))
-    assert (end.best_step, end.validation) == (4, 0.9)
-    assert all(torch.equal(end.params[k], v) for k, v in kept[1].items())
-    assert [p.validation for p in end.history] == [None, 0.5, None, 0.9, None, 0.7]
+    assert (end.best_step, end.validation) == ([4], [0.9])
+    assert all(torch.equal(end.params[0][k], v) for k, v in kept[1].items())
+    assert [p.validation for p in end.history] == [None, [0.5], None, [0.9], None, [0.7]]
+
+
+# ------------------------------------------------------------------------------------------------ replicas, parts of a batch
+
+
+@every_optimiser
+def test_replicas_end_where_each_alone_would_have(optimiser: str) -> None:
+    """Two seeds trained at once, beside either alone, in float64.
+
+    Seen failing with one replica's gradient taken for both, and with Muon's step on both replicas' kernels as one matrix.
+    """
+    together = result(run(OPTIMISERS[optimiser], seeds=(3, 4), dtype=torch.float64))
+    for r, seed in enumerate((3, 4)):
+        alone = result(run(OPTIMISERS[optimiser], seeds=(seed,), dtype=torch.float64))
+        for name, value in alone.params[0].items():
+            torch.testing.assert_close(together.params[r][name], value, rtol=1e-7, atol=1e-8)
+        for one, both in zip(alone.history, together.history, strict=True):
+            assert both.query_loss[r] == pytest.approx(one.query_loss[0], rel=1e-6)
+    assert not torch.equal(together.params[0]["conv2.weight"], together.params[1]["conv2.weight"])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5])
+def test_a_batch_in_parts_gives_the_same_gradient(chunk: int) -> None:
+    """Two replicas of three tasks each, some at a time."""
+    params, batch = problems.smooth_problem(tasks=6)
+    learner = problems.build("maml")
+    values = {name: torch.stack([value, 1.1 * value]) for name, value in params.items()}
+    whole, parts = (
+        training.meta_gradient(learner, problems.smooth_loss, values, batch, torch.zeros(()), size) for size in (None, chunk)
+    )
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_a_replica_that_diverges_does_not_touch_the_other(tmp_path: Path) -> None:
+    def sample(randoms: list[torch.Generator], count: int) -> TaskBatch:
+        batch = problems.image_batch(2 * len(randoms), 3, 1, 1, torch.float32, 16)
+        return batch._replace(query_x=batch.query_x * torch.tensor([1, 1, torch.inf, 1]).view(-1, 1, 1, 1, 1))
+
+    with pytest.raises(training.Diverged) as diverged:
+        list(run(OPTIMISERS["adam"], seeds=(0, 1), sample=sample))
+    assert diverged.value.replicas == [1]
+
+
+def test_a_fixed_head_is_adapted_but_not_meta_learned() -> None:
+    end = result(run(OPTIMISERS["muon"] | {"fixed_head": True}, score=lambda params: 0.0))
+    first = Conv4(way=3, image_size=16, filters=4).init(generator(0, "initial weights"))
+    for name, value in end.params[0].items():
+        assert torch.equal(value, first[name]) == name.startswith("head."), name
 
 
 # ------------------------------------------------------------------------------------------------ divergence
@@ -113,12 +171,13 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights() -> None:
         poison = ""
 
     loss_of = {"gradient": 1.0, "loss": torch.inf, "": 1.0}
-    params = {"conv1.weight": torch.ones(4, 3, 3, 2), "head.bias": torch.ones(3)}
+    params = {"conv1.weight": torch.ones(1, 4, 3, 3, 2), "head.bias": torch.ones(1, 3)}
+    batch = problems.image_batch(2, 3, 1, 1)
     optimisers = training.make_optimisers(params, training.Outer(**OUTER, **OPTIMISERS["muon"]))
     learner = Learner()
 
     def step() -> Tensor:
-        return training.meta_step(learner, None, lambda: None, params, optimisers, torch.zeros(()))  # type: ignore[arg-type, return-value]
+        return training.meta_step(learner, None, batch, params, optimisers, torch.zeros(()), torch.ones(()))  # type: ignore[arg-type]
 
     assert step().isfinite() and not (params["head.bias"] == 1).any()
     for poison in ("gradient", "loss"):
@@ -132,7 +191,7 @@ def test_divergence_is_reported_and_leaves_the_checkpoint(tmp_path: Path) -> Non
     checkpoint = tmp_path / "run.pt"
     seen = 0
 
-    def sample(random: torch.Generator, count: int) -> TaskBatch:
+    def sample(randoms: list[torch.Generator], count: int) -> TaskBatch:
         nonlocal seen
         seen += 1
         batch = problems.image_batch(2, 3, 1, 1, torch.float32, 16)
@@ -147,19 +206,26 @@ def test_divergence_is_reported_and_leaves_the_checkpoint(tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------------------------ optimisers, schedules
 
 
-def test_optimisers_take_the_published_steps() -> None:
-    """One step by hand. SGD: w - lr g. Adam, first step: w - lr sign g. Muon: an orthogonal step (singular values about 1)."""
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_optimisers_take_the_published_steps(factor: float) -> None:
+    """One step by hand, at the full rate and at a quarter of it.
+
+    SGD: w - lr g. Adam, first step: w - lr sign g. Muon: an orthogonal step (singular values about 1).
+    """
     gradient = {"conv1.weight": torch.randn(4, 3, 3, 2, generator=generator(0, "g")), "head.bias": torch.tensor([1.0, -2.0])}
     for name, choice in OPTIMISERS.items():
-        params = {"conv1.weight": torch.zeros(4, 3, 3, 2), "head.bias": torch.zeros(2)}
-        for optimiser in training.make_optimisers(params, training.Outer(**OUTER, **choice)):
-            for group in optimiser.param_groups:
-                for leaf, key in zip(group["params"], group["names"], strict=True):
-                    leaf.grad = gradient[key].view(leaf.shape)
-            optimiser.step()
+        params = {"conv1.weight": torch.zeros(1, 4, 3, 3, 2), "head.bias": torch.zeros(1, 2)}
+
+        class Learner:
+            def meta_gradient(self, *_: object) -> MetaGradient:
+                return MetaGradient({k: v.unsqueeze(0) for k, v in gradient.items()}, torch.zeros(1))
+
+        optimisers = training.make_optimisers(params, training.Outer(**OUTER, **choice))
+        batch = problems.image_batch(1, 3, 1, 1)
+        training.meta_step(Learner(), None, batch, params, optimisers, torch.zeros(()), torch.full((), factor))  # type: ignore[arg-type]
         bias = gradient["head.bias"] if name == "sgd" else gradient["head.bias"].sign()
-        torch.testing.assert_close(params["head.bias"], -0.01 * bias, rtol=1e-5, atol=0)
-        kernel, g = params["conv1.weight"].flatten(1), gradient["conv1.weight"].flatten(1)
+        torch.testing.assert_close(params["head.bias"][0], -0.01 * factor * bias, rtol=1e-5, atol=0)
+        kernel, g = params["conv1.weight"][0].flatten(1) / factor, gradient["conv1.weight"].flatten(1)
         if name == "muon":
             assert ((torch.linalg.svdvals(kernel) / 0.02 - 1).abs() < 0.35).all()  # five Newton-Schulz iterations: roughly 1
             assert (kernel * g).sum() < 0
@@ -171,7 +237,7 @@ def test_optimisers_take_the_published_steps() -> None:
     ("constant", [1, 1, 1]), ("linear", [1, 0.5, 0.25]), ("cosine", [1, 0.5, 0.5 - 0.5 * 0.5**0.5]),
 ])  # fmt: skip
 def test_schedules(schedule: str, expected: list[float]) -> None:
-    assert [training.rate(schedule, step, 4) for step in (0, 2, 3)] == pytest.approx(expected)
+    assert [float(training.rate(schedule, torch.tensor(step / 4))) for step in (0, 2, 3)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("change", "complaint"), [
@@ -197,14 +263,20 @@ class OnlyMeta(TorchDispatchMode):
         return out
 
 
-def whole_meta_step(name: str, optimiser: str, monkeypatch: pytest.MonkeyPatch, statistics: str = "transductive") -> None:
+def whole_meta_step(
+    name: str,
+    optimiser: str,
+    monkeypatch: pytest.MonkeyPatch,
+    statistics: str = "transductive",
+    chunk: int | None = None,
+) -> None:
     """Sample, adapt, meta-gradient, update, all on the `meta` device, where any look at a value raises."""
     # `meta` stands for a GPU, where Adam's capturable mode is allowed
     monkeypatch.setattr(sys.modules["torch.optim.adam"], "_get_capturable_supported_devices", lambda *_, **__: ["meta"])
     net = Conv4(way=5)
     params = {k: v.to("meta") for k, v in net.init(torch.Generator()).items()}
     learner = problems.build(name)
-    params = {k: v.detach().clone() for k, v in learner.init(params).items()}
+    params = {k: torch.stack([v.detach()] * 2) for k, v in learner.init(params).items()}  # two replicas
     optimisers = training.make_optimisers(params, training.Outer(**OUTER, **OPTIMISERS[optimiser]))
     images, pool = (
         torch.empty(50, 20, 28, 28, dtype=torch.uint8, device="meta"),
@@ -221,7 +293,8 @@ def whole_meta_step(name: str, optimiser: str, monkeypatch: pytest.MonkeyPatch, 
     with OnlyMeta():
         for _ in range(2):  # the first builds the optimisers' state
             progress = torch.full((), 0.5, device="meta")
-            training.meta_step(learner, loss, sample, params, optimisers, progress)
+            factor = training.rate("cosine", progress)
+            training.meta_step(learner, loss, sample(), params, optimisers, progress, factor, chunk)
 
 
 @pytest.mark.parametrize("statistics", ["transductive", "inductive"])
@@ -235,7 +308,7 @@ def test_a_meta_step_never_waits_for_the_host(
 
 @pytest.mark.parametrize("case", problems.VARIANTS)
 def test_nor_does_a_variant(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole_meta_step(case, "sgd", monkeypatch)
+    whole_meta_step(case, "sgd", monkeypatch, chunk=1)
 
 
 @pytest.mark.parametrize("planted", ["item", "host tensor"])

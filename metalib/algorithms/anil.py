@@ -29,14 +29,14 @@ class ANIL:
         return body | inner.sgd(loss.head, head, features, y, lr=self.inner_lr, steps=self.inner_steps, watch=show)
 
     def meta_gradient(self, loss: SplitLoss, params: Params, tasks: TaskBatch, progress: Tensor | None = None) -> MetaGradient:
-        params = tree.detach(params)
-        body, head = _halves(tree.tile(params, len(tasks.support_x)))
+        theta = tree.detach(tree.tile(params, len(tasks.support_x)))
+        body, head = _halves(theta)
         phi = inner.sgd(
             loss.head, head, loss.body(body, tasks.support_x), tasks.support_y,
             lr=self.inner_lr, steps=self.inner_steps, create_graph=True,
         )  # fmt: skip
         query_loss = loss(body | phi, tasks.query_x, tasks.query_y)
-        return MetaGradient(tree.grad(query_loss.mean(), params), query_loss.detach())
+        return MetaGradient(tree.mean_tasks(tree.grad(query_loss.sum(), theta)), query_loss.detach())
 
 
 def _halves(params: Params) -> tuple[Params, Params]:

@@ -9,6 +9,7 @@ over both sets of each task, half and half (`query_loss` is that mean), without 
 process of learning when transferring knowledge". (Leap's own version has one head per alphabet instead of one for all.)
 """
 
+import torch
 from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -38,12 +39,18 @@ class FineTune:
             raise ValueError(
                 "finetune: the tasks do not say which classes their labels stand for, so no joint head can be trained"
             )
-        params = tree.detach(params)
-        theta = tree.tile({n: v for n, v in params.items() if not n.startswith((JOINT, "head."))}, len(tasks.support_x))
-        joint = {n.removeprefix(JOINT): v.unsqueeze(0) for n, v in params.items() if n.startswith(JOINT)}
+        head = tree.map_with(torch.zeros_like, {n: v for n, v in params.items() if n.startswith("head.")})
+        theta = tree.detach(
+            tree.tile({n: v for n, v in params.items() if not n.startswith((JOINT, "head."))}, len(tasks.support_x))
+        )
+        joint = tree.detach(tree.once({n: v for n, v in params.items() if n.startswith(JOINT)}))
+        shared = {name.removeprefix(JOINT): value for name, value in joint.items()}
         losses = [
-            loss.head(joint, loss.body(theta, x), tasks.classes.gather(1, y))
+            loss.head(shared, loss.body(theta, x), tasks.classes.gather(1, y))
             for x, y in ((tasks.support_x, tasks.support_y), (tasks.query_x, tasks.query_y))
         ]
         joint_loss = (losses[0] + losses[1]) / 2
-        return MetaGradient(tree.grad(joint_loss.mean(), params), joint_loss.detach())
+        grads = tree.grad(joint_loss.sum(), theta | joint)
+        each = len(tasks.support_x) / len(joint[JOINT + "head.bias"])  # tasks that share a joint head
+        to_joint = tree.mean_tasks(tree.scale(1 / each, {name: grads.pop(name) for name in joint}))
+        return MetaGradient(tree.mean_tasks(grads) | to_joint | head, joint_loss.detach())

@@ -48,7 +48,8 @@ class Leap:
         for step in range(self.inner_steps):
             grads = tree.grad(here.sum(), theta)
             after = tree.detach(tree.axpy(-self.inner_lr, grads, theta))
-            there = loss(after, *self._batch(tasks, step + 1))  # each end of the segment on its own mini-batch
+            with torch.set_grad_enabled(step + 1 < self.inner_steps):
+                there = loss(after, *self._batch(tasks, step + 1))  # each end of the segment on its own mini-batch
             with torch.no_grad():
                 change = there - here if self.loss else torch.zeros_like(here)
                 if self.stabiliser:

@@ -5,14 +5,19 @@ set A give a low loss on its query set B,
 
     min_theta  E_t [ L_{t,B}( U_{t,A}^k(theta) ) ],      g_MAML = U'_{t,A}(theta)^T  L'_{t,B}(U_{t,A}(theta)).
 
-The Jacobian U' is exact: autograd differentiates through every inner step, second derivatives included.
+The Jacobian U' is exact: autograd differentiates through every inner step, second derivatives included. `recompute` gets the
+same gradient without holding the graphs of all k steps: U' is a product of steps, so from v = L'_{t,B}(phi_k) backwards,
+
+    v <- (I - alpha H_j) v,    H_j = L''_{t,A}(phi_j),    j = k-1, ..., 0,
+
+where phi_0, ..., phi_{k-1} were kept and each H_j v is computed when its turn comes.
 """
 
 from pydantic import ConfigDict, NonNegativeInt, PositiveFloat
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from metalib import inner, tree
+from metalib import inner, numerics, tree
 from metalib.types import MetaGradient, Params, TaskBatch, TaskLoss, Watch
 
 
@@ -20,6 +25,7 @@ from metalib.types import MetaGradient, Params, TaskBatch, TaskLoss, Watch
 class MAML:
     inner_lr: PositiveFloat  # alpha, on the mean cross-entropy of the support set
     inner_steps: NonNegativeInt  # k
+    recompute: bool = False  # true: the memory of one inner step, for the time of one more gradient in each
 
     def init(self, params: Params) -> Params:
         return params
@@ -29,11 +35,23 @@ class MAML:
         return inner.sgd(loss, theta, x, y, lr=self.inner_lr, steps=self.inner_steps, watch=watch)
 
     def meta_gradient(self, loss: TaskLoss, params: Params, tasks: TaskBatch, progress: Tensor | None = None) -> MetaGradient:
-        params = tree.detach(params)
-        theta = tree.tile(params, len(tasks.support_x))
+        if self.recompute:
+            return self._backwards(loss, params, tasks)
+        theta = tree.detach(tree.tile(params, len(tasks.support_x)))
         phi = inner.sgd(
             loss, theta, tasks.support_x, tasks.support_y,
             lr=self.inner_lr, steps=self.inner_steps, create_graph=True,
         )  # fmt: skip
         query_loss = loss(phi, tasks.query_x, tasks.query_y)
-        return MetaGradient(tree.grad(query_loss.mean(), params), query_loss.detach())
+        return MetaGradient(tree.mean_tasks(tree.grad(query_loss.sum(), theta)), query_loss.detach())
+
+    def _backwards(self, loss: TaskLoss, params: Params, tasks: TaskBatch) -> MetaGradient:
+        x, y = tasks.support_x, tasks.support_y
+        steps = list[Params]()
+        phi = tree.detach(self.adapt(loss, params, x, y, watch=steps.append))
+        query_loss = loss(phi, tasks.query_x, tasks.query_y)
+        v = tree.grad(query_loss.sum(), phi)
+        for at in reversed(steps[:-1]):
+            _, _, hessian = numerics.hessian(lambda weights: loss(weights, x, y), at)
+            v = tree.axpy(-self.inner_lr, hessian(v), v)
+        return MetaGradient(tree.mean_tasks(v), query_loss.detach())

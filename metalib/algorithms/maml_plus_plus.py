@@ -33,18 +33,18 @@ class MAMLPlusPlus:
         return params | norms | rates
 
     def adapt(self, loss: TaskLoss, params: Params, x: Tensor, y: Tensor, watch: Watch | None = None) -> Params:
-        steps = self._descend(loss, tree.detach(params), x, y, create_graph=False)
+        steps = self._descend(loss, tree.detach(tree.tile(params, len(x))), x, y, create_graph=False)
         for phi in steps:
             if watch:
                 watch(phi)
         return tree.detach(steps[-1])
 
     def meta_gradient(self, loss: TaskLoss, params: Params, tasks: TaskBatch, progress: Tensor | None = None) -> MetaGradient:
-        params = tree.detach(params)
-        _, *steps = self._descend(loss, params, tasks.support_x, tasks.support_y, create_graph=True)
+        theta = tree.detach(tree.tile(params, len(tasks.support_x)))
+        _, *steps = self._descend(loss, theta, tasks.support_x, tasks.support_y, create_graph=True)
         losses = torch.stack([loss(phi, tasks.query_x, tasks.query_y) for phi in steps])  # (K, T)
-        outer = (self.step_weights(progress, losses) @ losses).mean()
-        return MetaGradient(tree.grad(outer, params), losses[-1].detach())
+        outer = self.step_weights(progress, losses) @ losses
+        return MetaGradient(tree.mean_tasks(tree.grad(outer.sum(), theta)), losses[-1].detach())
 
     def step_weights(self, progress: Tensor | None, like: Tensor) -> Tensor:
         """The weights w_1..w_K of the multi-step loss, (K,), at this point of meta-training; without one, at its end."""
@@ -56,21 +56,21 @@ class MAMLPlusPlus:
             before = torch.where(progress < self.msl, falling, 0).to(like.dtype)
         return torch.cat([before.expand(k - 1), (1 - (k - 1) * before).view(1)])
 
-    def _descend(self, loss: TaskLoss, params: Params, x: Tensor, y: Tensor, *, create_graph: bool) -> list[Params]:
-        """The weights (T, *shape) that classify queries after 0, 1, ..., K steps."""
-        tasks, norms = len(x), {name for name in params if name.startswith(NORM)}
-        trained = next(len(value) for name, value in params.items() if name.startswith(RATE))
+    def _descend(self, loss: TaskLoss, theta: Params, x: Tensor, y: Tensor, *, create_graph: bool) -> list[Params]:
+        """Meta-parameters (T, *shape) -> the weights (T, *shape) that classify queries after 0, 1, ..., K steps."""
+        norms = {name for name in theta if name.startswith(NORM)}
+        trained = next(value.shape[1] for name, value in theta.items() if name.startswith(RATE))
         if trained != self.inner_steps:
             raise ValueError(
                 f"maml_plus_plus.inner_steps: {self.inner_steps}, but the meta-parameters are for {trained} steps; "
                 "test with as many steps as in training"
             )
-        phi = tree.tile({n: v for n, v in params.items() if n not in norms and not n.startswith(RATE)}, tasks)
-        steps = [phi | tree.tile({name: params[name][0] for name in norms}, tasks)]
+        phi = {name: value for name, value in theta.items() if name not in norms and not name.startswith(RATE)}
+        steps = [phi | {name: theta[name][:, 0] for name in norms}]
         for k in range(self.inner_steps):
-            norm = tree.tile({name: params[name][k] for name in norms}, tasks)
+            norm = {name: theta[name][:, k] for name in norms}
             grads = tree.grad(loss(phi | norm, x, y).sum(), phi, create_graph)
-            phi = {name: value - params[RATE + name][k] * grads[name] for name, value in phi.items()}
+            phi = {n: value - tree.per_task(theta[RATE + n][:, k], value) * grads[n] for n, value in phi.items()}
             if not create_graph:
                 phi = tree.detach(phi)
             steps.append(phi | norm)

@@ -27,24 +27,23 @@ class MetaSGD:
         return params | {RATE + name: torch.full_like(value, self.inner_lr) for name, value in params.items()}
 
     def adapt(self, loss: TaskLoss, params: Params, x: Tensor, y: Tensor, watch: Watch | None = None) -> Params:
-        return tree.detach(self._descend(loss, tree.detach(params), x, y, create_graph=False, watch=watch))
+        return tree.detach(self._descend(loss, tree.detach(tree.tile(params, len(x))), x, y, create_graph=False, watch=watch))
 
     def meta_gradient(self, loss: TaskLoss, params: Params, tasks: TaskBatch, progress: Tensor | None = None) -> MetaGradient:
-        params = tree.detach(params)
-        phi = self._descend(loss, params, tasks.support_x, tasks.support_y, create_graph=True)
+        theta = tree.detach(tree.tile(params, len(tasks.support_x)))
+        phi = self._descend(loss, theta, tasks.support_x, tasks.support_y, create_graph=True)
         query_loss = loss(phi, tasks.query_x, tasks.query_y)
-        return MetaGradient(tree.grad(query_loss.mean(), params), query_loss.detach())
+        return MetaGradient(tree.mean_tasks(tree.grad(query_loss.sum(), theta)), query_loss.detach())
 
     def _descend(
-        self, loss: TaskLoss, params: Params, x: Tensor, y: Tensor, *, create_graph: bool, watch: Watch | None = None
+        self, loss: TaskLoss, theta: Params, x: Tensor, y: Tensor, *, create_graph: bool, watch: Watch | None = None
     ) -> Params:
-        tiled = tree.tile(params, len(x))
-        phi = {name: value for name, value in tiled.items() if not name.startswith(RATE)}
+        phi = {name: value for name, value in theta.items() if not name.startswith(RATE)}
         if watch:
             watch(phi)
         for _ in range(self.inner_steps):
             grads = tree.grad(loss(phi, x, y).sum(), phi, create_graph)
-            phi = {name: torch.addcmul(value, tiled[RATE + name], grads[name], value=-1) for name, value in phi.items()}
+            phi = {name: torch.addcmul(value, theta[RATE + name], grads[name], value=-1) for name, value in phi.items()}
             if not create_graph:
                 phi = tree.detach(phi)
             if watch:

@@ -1,8 +1,9 @@
 """Conv4, the field's network for Omniglot: four 3 x 3 convolutions of 64 filters, batch norm, ReLU; then a linear head.
 
 Vinyals et al. 2016 (https://arxiv.org/abs/1606.04080) with max-pooling; MAML, Reptile and iMAML with strided convolutions.
-Batch norm always uses batch statistics. Its scale and shift adapt in the inner loop (as in Reptile and iMAML). The
-convolutions have no bias: the batch norm behind each would cancel it.
+Batch norm always uses batch statistics. Its scale and shift are weights like any other, which the inner loop adapts (as in
+Reptile and iMAML) unless the learner treats them apart (ANIL, MAML++). The convolutions have no bias: the batch norm behind
+each would cancel it.
 """
 
 from typing import Literal
@@ -72,10 +73,11 @@ class Conv4:
         return self.head(params, self.body(params, x, statistics_from))
 
     def head(self, params: Params, features: Tensor) -> Tensor:
-        """Logits (T, B, way) of features (T, B, F); a head of one task, (1, way, F), serves them all."""
-        if len(params["head.weight"]) == 1:
-            return F.linear(features, params["head.weight"][0], params["head.bias"][0])
-        return torch.baddbmm(params["head.bias"].unsqueeze(1), features, params["head.weight"].mT)
+        """Logits (T, B, way) of features (T, B, F); fewer heads than tasks, (R, way, F), serve T / R tasks in a row each."""
+        heads = len(params["head.weight"])
+        rows = features.reshape(heads, -1, features.shape[-1])
+        logits = torch.baddbmm(params["head.bias"].unsqueeze(1), rows, params["head.weight"].mT)
+        return logits.view(*features.shape[:2], -1)
 
     def body(self, params: Params, x: Tensor, statistics_from: int | None = None) -> Tensor:
         """Features (T, B, F) of images (T, B, 1, H, W).
@@ -83,7 +85,7 @@ class Conv4:
         Batch norm's statistics come from the first `statistics_from` images of each task, or from all of them (None).
         """
         tasks, images = x.shape[:2]
-        known = images if statistics_from is None else statistics_from
+        known = min(images, statistics_from or images)
         stride = 2 if self.downsample == "stride" else 1
         y = wide.first_layer(
             x, params["conv1.weight"], params["norm1.weight"], params["norm1.bias"], stride, known
@@ -147,7 +149,7 @@ class Conv4Loss:
         return self.head(params, self.body(params, x), y)
 
     def body(self, params: Params, x: Tensor) -> Tensor:
-        return self.network.body(params, x, self.support and min(self.support, x.shape[1]))
+        return self.network.body(params, x, self.support)
 
     def head(self, params: Params, features: Tensor, y: Tensor) -> Tensor:
         skip = self.support if self.support is not None and features.shape[1] > self.support else 0
