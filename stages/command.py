@@ -41,6 +41,8 @@ def device() -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"METALIB_DEVICE: {asked!r} cannot be used here ({reason}); use auto, cpu, cuda or mps") from None
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # streams and graphs are made on the current device
     return chosen
 
 
