@@ -1,0 +1,118 @@
+"""Peak memory of one meta-gradient against the number of inner steps, each in a fresh process."""
+
+import ctypes
+import gc
+import platform
+import resource
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks import peers, report
+from benchmarks.speed import ENGINES, ours
+from benchmarks.timing import prepared
+from benchmarks.work import EVERY_LEARNER, PAPERS, Item
+from stages.command import one_sentence
+
+METHODS = {
+    "maml": EVERY_LEARNER["maml"],
+    "maml, recompute": replace(EVERY_LEARNER["maml"], hyper=EVERY_LEARNER["maml"].hyper | {"recompute": True}),
+    "maml_truncated": EVERY_LEARNER["maml_truncated"],
+    "fomaml": EVERY_LEARNER["fomaml"],
+    "imaml": PAPERS["W7"],
+}
+app = typer.Typer(add_completion=False)
+
+
+def item_of(method: str, steps: int, tasks: int) -> Item:
+    """5-way 1-shot with one query per class, whatever the method's own item has."""
+    found = METHODS[method]
+    return Item(found.learner, way=5, shot=1, query=1, tasks=tasks, hyper=found.hyper | {"inner_steps": steps})
+
+
+def peak(where: torch.device) -> int:
+    """Bytes: the most that this process has had since `begin`, or so far where its record cannot be reset."""
+    if where.type == "cuda":
+        return torch.cuda.max_memory_allocated(where)
+    try:  # of this program alone; getrusage's begins with what its parent had
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+
+
+def begin(where: torch.device) -> None:
+    """Give back what earlier calls have left, and let `peak` count from here."""
+    gc.collect()
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+@app.command()
+@one_sentence
+def main(
+    steps: Annotated[str, typer.Option(help="inner steps, with commas between them")] = "1,5,10,20,50",
+    tasks: Annotated[int, typer.Option(min=1)] = 16,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    out: Annotated[Path, typer.Option()] = report.RESULTS / "memory.md",
+    one: Annotated[
+        str | None, typer.Option(hidden=True, help="method/means: print its bytes, for a single number of steps")
+    ] = None,
+) -> None:
+    """Write a table of MiB: a row for each method and engine, and for MAML as a plain loop over tasks."""
+    where = prepared(threads)
+    if one is not None:
+        method, means = one.split("/")
+        typer.echo(extra_bytes(item_of(method, int(steps), tasks), means, where))
+        return
+    counts = [int(count) for count in steps.split(",")]
+    engines = ENGINES if where.type == "cpu" else ENGINES[1:]
+    pairs = [*((method, engine) for method in METHODS for engine in engines), ("maml", "loop")]
+    head = report.header("Memory of a meta-gradient", "benchmarks.memory", where)
+    rows = []
+    for method, means in pairs:
+        typer.echo(f"{method}, {means}")
+        found = [in_fresh_process(f"{method}/{means}", count, tasks, threads) for count in counts]
+        rows.append([method, means, *(f"{extra / 2**20:.1f}" for extra in found)])
+    report.write(
+        out,
+        head,
+        "MiB that one meta-gradient adds to the peak of a fresh process, by inner steps. 5-way 1-shot, 1 query per class; "
+        f"tasks: {tasks}. maml_truncated differentiates the last 2 steps (or the only one), imaml has 5 steps of CG. loop: "
+        "task after task in everyday PyTorch, which holds the graph of one task at a time.",
+        report.table(["method", "means", *(f"{count} steps" for count in counts)], rows, 2),
+    )
+    typer.echo(f"written: {out}")
+
+
+def in_fresh_process(one: str, steps: int, tasks: int, threads: int) -> int:
+    command = [sys.executable, "-m", "benchmarks.memory", "--one", one, "--steps", str(steps)]
+    command += ["--tasks", str(tasks), "--threads", str(threads)]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def extra_bytes(item: Item, means: str, where: torch.device) -> int:
+    tiny = replace(item, tasks=1, hyper=item.hyper | {"inner_steps": 1})
+    for work in (tiny, item):  # the first one loads what libraries load on first use
+        params, batch = work.data(where)
+        call = peers.loop(work, params, batch) if means == "loop" else ours(work, params, batch, means)
+        assert call is not None
+        begin(where)
+        before = peak(where)
+        call()
+    return peak(where) - before
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,174 @@
+"""Milliseconds per meta-gradient: both of our engines beside every alternative, which must first give the same gradient."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import typer
+
+from benchmarks import peers, report, work
+from benchmarks.peers import Call
+from benchmarks.timing import Seconds, alternate, median, prepared, ratio
+from benchmarks.work import Item
+from metalib import algorithms
+from metalib.types import Params, TaskBatch
+from stages.command import one_sentence
+
+CHECK_TASKS = 2
+TOLERANCE = 1e-6  # relative, in float64: rounding, grown over many inner steps, stays below; a wrong gradient does not
+ENGINES = ("native", "wide")
+TARGETS = {  # on the CPU: at least so many times as fast as the fastest per-task peer, and as vmap
+    ("W1", "wide"): (3.5, 1.6),
+    ("W1", "native"): (8.0, 3.5),
+    ("W3", "wide"): (2.2, 2.0),
+    ("W3", "native"): (4.0, 3.5),
+    ("W5", "wide"): (2.2, 2.0),
+    ("W5", "native"): (4.0, 3.5),
+    ("W7", "wide"): (2.2, 2.0),
+    ("W7", "native"): (6.5, None),
+}
+app = typer.Typer(add_completion=False)
+
+
+class Result(NamedTuple):
+    item: Item
+    off: dict[str, float]  # how far each gradient is from the wide engine's, relative, in float64
+    seconds: dict[str, Seconds]  # of those whose gradient is the same
+
+
+def ours(item: Item, params: Params, batch: TaskBatch, engine: str) -> Call:
+    learner, loss = item.make_learner(), item.network().loss
+
+    def call() -> Params:
+        os.environ["METALIB_ENGINE"] = engine
+        return learner.meta_gradient(loss, params, batch).grads
+
+    return call
+
+
+def contestants(item: Item, params: Params, batch: TaskBatch, absent: dict[str, str]) -> dict[str, Call]:
+    """Our engines and the peers that have this learner; `absent` says why others are not among them."""
+    engines = ENGINES if batch.support_x.device.type == "cpu" else ENGINES[1:]
+    calls = {engine: ours(item, params, batch, engine) for engine in engines if engine not in absent}
+    for name, prepare in peers.PEERS.items():
+        if name.split()[0] not in absent and (call := prepare(item, params, batch)) is not None:
+            calls[name] = call
+    return calls
+
+
+def difference(found: Params, expected: Params) -> float:
+    """Largest difference of a weight's gradient, relative to that weight tensor's largest one."""
+    assert found.keys() == expected.keys() and all(found[name].shape == expected[name].shape for name in expected)
+    off = [(found[name] - e).abs().max() / (float(e.abs().max()) or 1.0) for name, e in expected.items()]
+    return float(torch.stack(off).max())  # nan if one of them is
+
+
+def measure(item: Item, where: torch.device, repeats: int, limit: float, absent: dict[str, str]) -> Result:
+    small = replace(item, tasks=min(CHECK_TASKS, item.tasks))
+    calls = contestants(small, *small.data(where, torch.float64), absent)
+    expected = calls["wide"]()
+    off = {name: difference(call(), expected) for name, call in calls.items() if name != "wide"}
+    same = {"wide", *(name for name, error in off.items() if error <= TOLERANCE)}
+    calls = contestants(item, *item.data(where), absent)
+    return Result(item, off, alternate({name: c for name, c in calls.items() if name in same}, repeats, where, limit))
+
+
+@app.command()
+@one_sentence
+def main(
+    items: Annotated[str, typer.Option(help="names from benchmarks/work.py with commas between them, or all")] = "all",
+    repeats: Annotated[int, typer.Option(min=1, help="rounds; medians over them are reported")] = 5,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    limit: Annotated[float, typer.Option(help="seconds for each alternative and item; the slow ones get fewer rounds")] = 10.0,
+    tasks: Annotated[int | None, typer.Option(min=1, help="instead of each item's own number of tasks, for a trial")] = None,
+    out: Annotated[Path, typer.Option()] = report.RESULTS / "speed.md",
+) -> None:
+    """Write a table of times, of their ratios beside the targets, and of the differences between the gradients."""
+    chosen = {n: replace(item, tasks=tasks or item.tasks) for n, item in work.find(items).items()}
+    where = prepared(threads)
+    versions, absent = peers.installed()
+    head = report.header("Speed of meta-gradients", "benchmarks.speed", where, versions)
+    if where.type == "cpu" and (reason := why_not_native(where)):
+        absent["native"] = reason
+    results = dict[str, Result]()
+    for name, item in chosen.items():
+        typer.echo(f"{name}: {item}")
+        results[name] = measure(item, where, repeats, limit, absent)
+        report.write(out, head, *sections(results, absent, where))  # after each item: a kill loses one item
+    typer.echo(f"written: {out}")
+
+
+def why_not_native(where: torch.device) -> str | None:
+    """Why the compiled engine cannot run here; None where it can."""
+    item = work.ITEMS["W1"]
+    try:
+        ours(item, *item.data(where), "native")()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def sections(results: dict[str, Result], absent: dict[str, str], where: torch.device) -> list[str]:
+    names = [n for n in (*ENGINES, *peers.PEERS) if any(n in r.seconds or n in r.off for r in results.values())]
+    untimed = set(algorithms.names()) - {item.learner for item in work.ITEMS.values()}
+    return [
+        "Medians of calls in turn, in one process, float32, random images: those of the support set + those of the "
+        "query set. In brackets: how many times as long as our wide and our native engine take, medians of the ratios within a "
+        "round. JAX takes every core, whatever the number of threads.",
+        report.table(
+            ["item", "work", *names], [[n, r.item, *(cell(r, name) for name in names)] for n, r in results.items()], 2
+        ),
+        "## Against the fastest\n\nHow many times as fast as the fastest of the peers that go task by task, and as vmap.",
+        report.table(
+            ["item", "engine", "fastest per-task peer", "times as fast", "target", "times as fast as vmap", "target"],
+            [against(name, r, engine, where) for name, r in results.items() for engine in ENGINES if engine in r.seconds],
+            3,
+        ),
+        f"## The same gradient\n\nLargest difference from the wide engine's gradient, in float64, {CHECK_TASKS} tasks, "
+        f"relative to each weight tensor's largest. An alternative with more than {TOLERANCE:g} is not timed.",
+        report.table(
+            ["item", *(name for name in names if name != "wide")],
+            [[n, *(f"{r.off[p]:.0e}" if p in r.off else "" for p in names if p != "wide")] for n, r in results.items()],
+        ),
+        "\n".join(f"- {name} is absent: {reason}" for name, reason in absent.items()),
+        f"No work item for: {', '.join(sorted(untimed))}." if untimed else "",
+    ]
+
+
+def cell(result: Result, name: str) -> str:
+    if name not in result.seconds:
+        return "" if result.off.get(name, 0.0) <= TOLERANCE else "another gradient"
+    mine = result.seconds[name]
+    text = f"{1000 * median(mine):.1f}" if median(mine) < 0.1 else f"{1000 * median(mine):.0f}"
+    others = (
+        [] if name in ENGINES else [f"{ratio(mine, result.seconds[e]):.1f}" for e in ("wide", "native") if e in result.seconds]
+    )
+    return f"{text} ({', '.join(others)})" if others else text
+
+
+def against(name: str, result: Result, engine: str, where: torch.device) -> list[str]:
+    """A row of the second table."""
+    times = {peer: ratio(result.seconds[peer], result.seconds[engine]) for peer in peers.PEERS if peer in result.seconds}
+    per_task = {peer: times[peer] for peer in peers.PER_TASK if peer in times}
+    fastest = min(per_task, key=per_task.__getitem__, default="no alternative")
+    targets = TARGETS.get((name, engine), (None, None)) if where.type == "cpu" else (None, None)
+    found = (per_task.get(fastest), times.get("vmap"))
+    return [
+        name,
+        engine,
+        fastest,
+        *(str(x) if x else "" for pair in zip(map(one_digit, found), targets, strict=True) for x in pair),
+    ]
+
+
+def one_digit(number: float | None) -> str:
+    return "" if number is None else f"{number:.1f}"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,90 @@
+"""What was tried to learn more in the same time, and what each gave on the validation tasks: tries.yaml, a run for each line.
+
+Meta-steps follow from the measured cost of one, so that tries have the same CPU time. Test tasks are not touched.
+"""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from ruamel.yaml import YAML
+
+from benchmarks import rates, report
+from metalib.training import Diverged, Result
+from stages import files, meta_train, params
+from stages.command import device, keep_heap, one_sentence
+
+TASKS = {"5w1s": 600, "5w5s": 300, "20w1s": 200, "20w5s": 100}  # of validation
+POINTS = 4  # validations in a training, evenly spaced
+HEAD = ["learner", "setting", "tried", "seeds", "CPU s", "meta-steps", "25 %", "50 %", "75 %", "end"]
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+@one_sentence
+def main(
+    tries: Annotated[Path, typer.Argument(help="what to try")] = Path("benchmarks/tries.yaml"),
+    out: Annotated[Path, typer.Option()] = report.RESULTS / "tries.md",
+) -> None:
+    """Write a table of validation accuracies, in %, after each quarter of a training."""
+    where = device()
+    torch.set_num_threads(1)
+    keep_heap()
+    head = report.header("Tried at equal time", "benchmarks.tries", where)
+    rows = list[list[object]]()
+    for one in YAML(typ="safe").load(tries):
+        rows.append(attempt(one, where))
+        typer.echo(" ".join(map(str, rows[-1])))
+        report.write(
+            out,
+            head,
+            "Validation accuracy in %, mean of the seeds (and from lowest to highest), after each quarter of a training. "
+            "`quick`: the values of params.yaml.",
+            report.table(HEAD, rows, 3),
+        )
+
+
+def attempt(one: dict[str, Any], where: torch.device) -> list[object]:
+    """A row of the table."""
+    algorithm, setting, changes = one["learner"], one["setting"], one.get("set", {})
+    seeds = one.get("seeds", 1)
+    made = cell(algorithm, setting, changes, seeds, steps=1, every=1)
+    steps = one["seconds"] * seeds / rates.seconds_per_step(made, algorithm, setting, where, time.process_time)
+    every = max(1, round(steps / POINTS))
+    made = cell(algorithm, setting, changes, seeds, POINTS * every, every)
+    tried = ", ".join(f"{key}={value}" for key, value in changes.items()) or "quick"
+    first = [algorithm, setting, tried, seeds, one["seconds"], POINTS * every]
+    try:
+        for now in meta_train.train(made, algorithm, setting, files.load_tasks(setting), made.seeds, where, None):
+            result = now
+    except Diverged:
+        return [*first, "diverged", "", "", ""]
+    assert isinstance(result, Result)
+    return [*first, *(spread(row.validation) for row in result.history if row.validation)]
+
+
+def cell(algorithm: str, setting: str, changes: dict[str, Any], seeds: int, steps: int, every: int) -> params.Cell:
+    """The cell of budget quick with other values, named as in params.yaml under its section."""
+    file = params.read().model_dump()
+    own = file["algorithms"][algorithm]["quick"][f"s{setting}"]
+    for key, value in (changes | {"outer.meta_steps": steps, "outer.validate_every": every}).items():
+        *groups, last = key.split(".")
+        section = own
+        for group in groups:
+            section = section.setdefault(group, {})
+        section[last] = value
+    file["meta_train"]["budget"] = "quick"
+    file["budgets"]["quick"]["seeds"] = seeds
+    file["budgets"]["quick"]["settings"][f"s{setting}"]["validation_tasks"] = TASKS[setting]
+    return params.cell(params.File(**file), algorithm, setting)
+
+
+def spread(accuracies: list[float]) -> str:
+    mean = f"{100 * sum(accuracies) / len(accuracies):.2f}"
+    return f"{mean} ({100 * min(accuracies):.1f} to {100 * max(accuracies):.1f})" if len(accuracies) > 1 else mean
+
+
+if __name__ == "__main__":
+    app()
