@@ -33,6 +33,7 @@ def test_every_learner_is_timed() -> None:
     ("means", "learner"), [*(("loop", name) for name in peers.LOOP), *(("vmap", name) for name in peers.VMAP)]
 )
 def test_an_alternative_has_our_gradient(means: str, learner: str) -> None:
+    """Seen failing with library_norm in grad of vmap, without iMAML's lam, and with MAML++'s first batch norm in every step."""
     item = toy(learner)
     params, batch = item.data(CPU, torch.float64)
     theirs = peers.PEERS[means](item, params, batch)
