@@ -23,7 +23,7 @@ class Outer:
     lr: PositiveFloat  # of Adam or SGD
     kernel_lr: PositiveFloat | None = None  # of Muon
     kernel_decay: float | None = Field(default=None, ge=0, lt=1)  # Muon's weight decay
-    schedule: Literal["constant", "linear", "cosine"]  # of every rate, from its value to 0 at the last meta-step
+    schedule: Literal["constant", "linear", "cosine"]  # of every rate, from its value towards 0 after the last meta-step
     fixed_head: bool = False  # the head is adapted, but not meta-learned: with head_init zero, it starts a task at zero
     meta_steps: PositiveInt
     meta_batch: PositiveInt  # tasks in a meta-step
@@ -56,7 +56,10 @@ class Result(NamedTuple):
 
 
 class Diverged(ValueError):
-    """A query loss is no longer finite; the weights are those of the last good meta-step."""
+    """A query loss is no longer finite; the weights are those of the last good meta-step.
+
+    One replica's end is the end of all that are trained with it.
+    """
 
     def __init__(self, message: str, replicas: list[int]):
         super().__init__(message)
@@ -141,8 +144,8 @@ def make_optimisers(params: Params, outer: Outer) -> list[torch.optim.Optimizer]
     others = [name for name in params if name not in kernels and not (outer.fixed_head and name.startswith("head."))]
     if outer.optimiser == "sgd":
         return [torch.optim.SGD([_group(params, others)], lr=outer.lr)]
-    # capturable: Adam's step counter lives on the device; torch refuses it on the CPU, where it means nothing
-    adam = torch.optim.Adam([_group(params, others)], lr=outer.lr, capturable=device.type != "cpu")
+    # capturable: Adam's step counter lives on the device; torch refuses it where there are no graphs to capture
+    adam = torch.optim.Adam([_group(params, others)], lr=outer.lr, capturable=device.type not in ("cpu", "mps"))
     if not kernels:
         return [adam]
     assert outer.kernel_lr is not None and outer.kernel_decay is not None
@@ -275,7 +278,8 @@ def captured(step: Callable[[], None], generators: list[torch.Generator], plain_
 
     def plain() -> None:
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*capturable=True")  # Adam's, of steps outside of a graph
             step()
         torch.cuda.current_stream().wait_stream(stream)
 
@@ -285,22 +289,29 @@ def captured(step: Callable[[], None], generators: list[torch.Generator], plain_
         if calls <= plain_calls:
             return plain()
         if replay is None:
-            replay = _record(step, generators) or plain
+            replay = _record(step, generators, stream) or plain
         replay()
 
     return call
 
 
-def _record(step: Callable[[], None], generators: list[torch.Generator]) -> Callable[[], None] | None:
+def _record(
+    step: Callable[[], None], generators: list[torch.Generator], stream: torch.cuda.Stream
+) -> Callable[[], None] | None:
     graph = torch.cuda.CUDAGraph()
     states = [generator.get_state() for generator in generators]
-    for generator in generators:
-        graph.register_generator_state(generator)  # each launch draws on from where the last one left
     try:
-        with torch.cuda.graph(graph):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions of PyTorch register generators themselves
+            warnings.simplefilter("ignore", DeprecationWarning)
+            for generator in generators:
+                graph.register_generator_state(generator)  # each launch draws on from where the last one left
+        # the outer context makes the present stream current again, whatever a failing capture leaves
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=stream):
             step()  # is recorded, not run
     except RuntimeError as error:
         torch.cuda.synchronize()
+        graph.reset()
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
         warnings.warn(f"no CUDA graph of the meta-step, which runs kernel by kernel: {error}", stacklevel=2)

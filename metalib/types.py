@@ -61,7 +61,7 @@ class MetaGradient(NamedTuple):
     """What an algorithm returns: a gradient for the outer optimiser, never a step."""
 
     grads: Params  # names and shapes of the meta-parameters
-    query_loss: Tensor  # (T,), after adaptation, detached
+    query_loss: Tensor  # (T,), after adaptation, detached; from training.meta_gradient the mean of each replica's, (R,)
 
 
 class MetaLearner(Protocol):

@@ -131,7 +131,10 @@ def train(
 
 
 def engine(cell: params.Cell, where: torch.device) -> str:
-    """Which of the network's two implementations computes the task loss: native or wide."""
+    """Which of the network's two implementations computes whole task losses: native or wide.
+
+    Where a learner takes body and head apart (finetune's joint training, ANIL's inner loop), that is always wide.
+    """
     network = params.make_network(cell, way=2, image_size=28)
     weights = network.init(torch.Generator(where))
     return "native" if native.serves(network, weights, torch.zeros(1, 1, 1, 28, 28, device=where)) else "wide"

@@ -25,7 +25,7 @@ from metalib.types import MetaGradient, Params, TaskBatch, TaskLoss, Watch
 class MAML:
     inner_lr: PositiveFloat  # alpha, on the mean cross-entropy of the support set
     inner_steps: NonNegativeInt  # k
-    recompute: bool = False  # true: the memory of one inner step, for the time of one more gradient in each
+    recompute: bool = False  # true: one inner step's graph at a time, and the weights of each, for one more gradient in each
 
     def init(self, params: Params) -> Params:
         return params
@@ -48,10 +48,13 @@ class MAML:
     def _backwards(self, loss: TaskLoss, params: Params, tasks: TaskBatch) -> MetaGradient:
         x, y = tasks.support_x, tasks.support_y
         steps = list[Params]()
-        phi = tree.detach(self.adapt(loss, params, x, y, watch=steps.append))
+        self.adapt(loss, params, x, y, watch=steps.append)
+        phi = tree.detach(steps.pop())
         query_loss = loss(phi, tasks.query_x, tasks.query_y)
         v = tree.grad(query_loss.sum(), phi)
-        for at in reversed(steps[:-1]):
-            _, _, hessian = numerics.hessian(lambda weights: loss(weights, x, y), at)
+        del phi
+        while steps:
+            _, _, hessian = numerics.hessian(lambda weights: loss(weights, x, y), steps.pop())
             v = tree.axpy(-self.inner_lr, hessian(v), v)
+            del hessian  # with the graph it holds, before the next one is made
         return MetaGradient(tree.mean_tasks(v), query_loss.detach())

@@ -122,7 +122,8 @@ class GradKernel(Function):
 
 
 # Before the first inner step all tasks have the same kernels, and a convolution is a dense one over all tasks' images, which
-# runs several times faster than a grouped one, even with the copies there and back.
+# runs several times faster than a grouped one, even with the copies there and back. (Not so for several replicas, whose tasks
+# share nothing with those of others: their kernels are copied for each task, and take the grouped convolution.)
 
 
 def _shared(w: Tensor) -> bool:
