@@ -89,7 +89,9 @@ def test_fomaml_is_the_query_gradient_at_the_adapted_weights(steps: int) -> None
         problems.smooth_loss, params, batch
     )
     for direction in problems.directions(params):
-        numeric = problems.slope(lambda p: float(problems.smooth_loss(p, batch.query_x, batch.query_y).detach().mean()), phi, direction)
+        numeric = problems.slope(
+            lambda p: float(problems.smooth_loss(p, batch.query_x, batch.query_y).detach().mean()), phi, direction
+        )
         assert problems.inner_product(grads, direction) == pytest.approx(numeric, rel=1e-7)
         assert problems.inner_product(maml, direction) != pytest.approx(numeric, rel=1e-3)
 
