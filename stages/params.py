@@ -64,6 +64,14 @@ class Budget(Section):
     settings: dict[str, Counts]
 
 
+class Study(Section):
+    """A study's two budgets; the study's own stage says what is in them."""
+
+    budget: Literal["quick", "paper"]
+    quick: dict[str, Any]
+    paper: dict[str, Any]
+
+
 class File(Section):
     """The whole file."""
 
@@ -73,6 +81,7 @@ class File(Section):
     meta_train: MetaTrain
     budgets: dict[Literal["quick", "paper"], Budget]
     algorithms: dict[str, dict[Literal["quick", "paper"], dict[str, dict[str, Any]]]]
+    studies: dict[str, Study]
 
 
 class Setting(Section):
@@ -187,6 +196,14 @@ def cell(file: File, algorithm: str, setting_name: str) -> Cell:
     )
     make_network(made, way=2, image_size=file.data.image_size)
     return made
+
+
+def study(file: File, name: str, kind: type[T]) -> T:
+    """The study's values at its budget, checked; ValueError names a wrong one."""
+    if name not in file.studies:
+        raise ValueError(f"{FILE} has no studies.{name}")
+    section = file.studies[name]
+    return _checked(kind, getattr(section, section.budget), f"studies.{name}.{section.budget}")
 
 
 def make_network(cell: Cell, *, way: int, image_size: int) -> Conv4:

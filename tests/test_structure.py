@@ -24,6 +24,19 @@ ALLOWED = {  # a module may import those on its right, and itself
     "algorithms": {"inner", "numerics", "tree", "types"},
     "training": {"tree", "types"},
     "evaluation": {"types", "data", "models"},
+    "studies": {
+        "algorithms",
+        "data",
+        "evaluation",
+        "inner",
+        "models",
+        "numerics",
+        "randomness",
+        "studies",
+        "training",
+        "tree",
+        "types",
+    },
 }
 
 
@@ -58,7 +71,8 @@ def test_dvc_has_a_stage_for_every_algorithm_and_setting() -> None:
     ).stdout.split()  # fmt: skip
     settings = ["5w1s", "5w5s", "20w1s", "20w5s"]
     cells = [f"{name}-{setting}" for name in algorithms.names() for setting in settings]
-    expected = {"fetch", "preprocess", "leaderboard", *(f"{s}@{x}" for s in ("split", "compare") for x in settings)}
+    studies = YAML(typ="safe").load(ROOT / "params.yaml")["studies"]
+    expected = {"fetch", "preprocess", "leaderboard", *(f"{s}@{x}" for s in ("split", "compare") for x in settings), *studies}
     assert set(listed) == expected | {f"{s}@{cell}" for s in ("meta_train", "evaluate") for cell in cells}
 
 

@@ -1,0 +1,1 @@
+"""What the slides' other exhibits measure: computations with a known answer or a question of their own."""
