@@ -35,7 +35,7 @@ def write(
 
     reports/studies/<name>.png and .md: the figure, and the page with caption, tables and protocol (`report`).
     plots/studies/<name>/<table>.csv: each table of `data`.  metrics/studies/<name>.json: the numbers to compare commits by.
-    reports/studies/<name>.run.json: commit, device, versions and duration (`began` is of time.monotonic()), which are no metric.
+    reports/studies/<name>.run.json: commit, device, versions and duration (`began`: time.monotonic()); no metric.
     """
     with files.whole(Path(f"plots/studies/{name}")) as folder:
         folder.mkdir()
