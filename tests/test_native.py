@@ -1,6 +1,9 @@
 """The compiled engine against PyTorch's operators (wide), and what it does when it cannot serve."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,6 +256,29 @@ def test_a_failed_build_leaves_nothing_behind(
         native.library.cache_clear()
     assert "no-such-flag" in capsys.readouterr().err
     assert not list((tmp_path / "metalib").iterdir())  # type: ignore[operator]
+
+
+def test_a_compiler_without_openmp_serves_with_one_thread(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen failing without the second attempt."""
+    engine("native")
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1; esac\nexec {shutil.which("c++")} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    net, params = problems.network()
+    weights = different(params, 3)
+    expected = derivatives(net, weights, *images(net, 5))
+    native.library.cache_clear()
+    try:
+        torch.set_num_threads(2)
+        found = derivatives(net, weights, *images(net, 5))
+    finally:
+        native.library.cache_clear()
+    assert list((tmp_path / "metalib").iterdir())
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 @pytest.mark.parametrize(("choices", "words"), [

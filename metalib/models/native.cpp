@@ -1,21 +1,23 @@
 // The loss of Conv4 on one task, its gradient and its Hessian-vector product, on the CPU. native.py compiles and calls it.
 //
 // One thread takes one task at a time through everything, so that the task's activations stay in the core's cache; that is
-// what makes it faster than PyTorch's operators, which take all tasks through one layer. Only standard C++17 and GCC's
-// vector types. A task is computed by one thread in one order, so its bits do not depend on the others or on scheduling.
+// what makes it faster than PyTorch's operators, which take all tasks through one layer. Only standard C++17, OpenMP and
+// GCC's vector types. A task is computed by one thread in one order, so its bits do not depend on the others or on scheduling.
 //
 // The Hessian-vector product is the derivative of the gradient's computation along v, forward over reverse: beside every
 // quantity a there is a_dot = d a(weights + e v) / d e. Nothing is kept between calls.
 //
 // Layout. Maps are rows (image, height, width) of C channels. A kernel is (C out, 9 taps, depth in), as in Conv4.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <system_error>
-#include <thread>
 #include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num() { return 0; } // a compiler without OpenMP: one thread
+#endif
 
 namespace {
 
@@ -680,20 +682,12 @@ template <class T> void run(const Problem& P) {
         if (P.tangent[0] && P.tangent_stride[3 * l] == 0)
             transpose(static_cast<const T*>(P.tangent[3 * l]), columns, shared.tangent[l].get(size_t(columns) * C));
     }
-    const int64_t threads = std::max<int64_t>(1, std::min(P.threads, P.tasks));
-    if (int64_t(spaces.size()) < threads) spaces.resize(threads);
-    std::atomic<int64_t> next{0};
-    auto work = [&](int64_t i) {
-        for (int64_t t; (t = next++) < P.tasks;) run_task(P, shared, spaces[i], t);
-    };
-    std::vector<std::thread> others;
-    try {
-        for (int64_t i = 1; i < threads; i++) others.emplace_back(work, i);
-    } catch (const std::system_error&) {
-        // no more threads to be had: those there are do it
-    }
-    work(0);
-    for (auto& thread : others) thread.join();
+    const int threads = int(std::min(P.threads, P.tasks));
+    if (int(spaces.size()) < threads) spaces.resize(threads);
+    // OpenMP's threads are PyTorch's own, where both use the same library. Others would have to compete with PyTorch's, which go
+    // on spinning for a while after each of its operators.
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t t = 0; t < P.tasks; t++) run_task(P, shared, spaces[omp_get_thread_num()], t);
 }
 
 } // namespace
