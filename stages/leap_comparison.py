@@ -241,10 +241,11 @@ def report(protocol: Protocol, rows: list[dict[str, Any]], budget: str, data: st
         f"{DRAWERS - p.held_out} images of a character are trained on, {p.held_out} are held out; each is turned by up to "
         f"{by.degrees:g} degrees, scaled by {by.smallest:g} to {by.largest:g} and moved by up to {100 * by.shift:g} % of its "
         "size, anew whenever it is drawn.",
-        f"Inner loop: SGD of rate {p.inner_lr:g} on batches of {p.batch} images, {p.inner_steps} steps; MAML has {p.maml_steps} "
-        f"in meta-training and, as all methods, {p.inner_steps} in the test. Outer loop: {p.meta_steps} meta-steps of "
-        f"{p.meta_batch} tasks, SGD of rate {p.outer_lr.leap:g} (Leap), {p.outer_lr.reptile:g} (Reptile), "
-        f"{p.outer_lr.fomaml:g} (FOMAML), {p.outer_lr.maml:g} (MAML); the query set of FOMAML and MAML is one more batch of the training images. "
+        f"Inner loop: SGD of rate {p.inner_lr:g} on batches of {p.batch} images, {p.inner_steps} steps; MAML has "
+        f"{p.maml_steps} in meta-training and, as all methods, {p.inner_steps} in the test. Outer loop: {p.meta_steps} "
+        f"meta-steps of {p.meta_batch} tasks, SGD of rate {p.outer_lr.leap:g} (Leap), {p.outer_lr.reptile:g} (Reptile), "
+        f"{p.outer_lr.fomaml:g} (FOMAML), {p.outer_lr.maml:g} (MAML); the query set of FOMAML and MAML is one more "
+        "batch of the training images. "
         f"Multi-headed fine-tuning: one body and a head for each meta-training alphabet, trained by {p.meta_steps * joint:,} "
         f"steps of SGD on the batches of the same tasks, shuffled within {joint:,}; a test alphabet gets a random head. "
         "Nothing is selected: the last weights are tested.",

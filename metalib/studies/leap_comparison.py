@@ -133,18 +133,27 @@ def draw(
 
 
 def augment(x: Tensor, by: Augmentation, generator: torch.Generator) -> Tensor:
-    """Images (B, H, W), each turned, scaled about its centre, then moved; what comes in from outside is paper, 0.
-
-    Bilinear. A point p of the result is taken from where it was: (p - shift) / scale, turned back.
-    """
+    """Images (B, H, W), each turned, scaled and moved by amounts of its own."""
     turn, factor, right, down = torch.rand(4, len(x), generator=generator, device=x.device)
-    angle = turn * by.degrees * torch.pi / 180
-    factor = by.smallest + factor * (by.largest - by.smallest)
+    return warp(
+        x,
+        turn * by.degrees * torch.pi / 180,
+        by.smallest + factor * (by.largest - by.smallest),
+        by.shift * (2 * right - 1),
+        by.shift * (2 * down - 1),
+    )
+
+
+def warp(x: Tensor, angle: Tensor, factor: Tensor, right: Tensor, down: Tensor) -> Tensor:
+    """Images (B, H, W), turned clockwise by an angle (radians) and scaled about their centres, then moved by parts of the size.
+
+    A point p of the result is looked up where it came from, (p - shift) turned back and divided by the factor, bilinearly;
+    outside of the image is paper, 0.
+    """
+    right, down = 2 * right, 2 * down  # in affine_grid's coordinates an image is 2 wide, from -1 to 1
     cos, sin = angle.cos() / factor, angle.sin() / factor
-    # affine_grid's coordinates are -1 to 1 across the image, so a shift of the whole size is 2
-    right, down = 2 * by.shift * (2 * right - 1), 2 * by.shift * (2 * down - 1)
-    where = torch.stack([cos, -sin, sin * down - cos * right, sin, cos, -sin * right - cos * down], 1).view(-1, 2, 3)
-    grid = F.affine_grid(where, [len(x), 1, *x.shape[1:]], align_corners=False)
+    back = torch.stack([cos, sin, -cos * right - sin * down, -sin, cos, sin * right - cos * down], 1).view(-1, 2, 3)
+    grid = F.affine_grid(back, [len(x), 1, *x.shape[1:]], align_corners=False)
     return F.grid_sample(x.unsqueeze(1), grid, align_corners=False).squeeze(1)
 
 
