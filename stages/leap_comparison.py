@@ -51,7 +51,7 @@ def main() -> None:
     study.write(
         NAME,
         figure=draw(protocol, curves, rows),
-        report=report(protocol, rows, file.studies[NAME].budget, f"{data.source}, {data.drawn}"),
+        report=report(protocol, rows, file.studies[NAME], f"{data.source}, {data.drawn}"),
         data={"areas": rows, **points(protocol, curves)},
         metrics=summary(rows),
         where=where,
@@ -87,7 +87,7 @@ def compare(protocol: Protocol, data: Characters, where: torch.device) -> dict[t
             trained = time.monotonic() - since
             curves[method, n] = Curves(*(part.cpu() for part in leap_comparison.evaluate(protocol, network, weights, tasks)))
             console.print(
-                f"{method}, {n} alphabets: error on held-out images {100 * curves[method, n].held_out_error[-1].mean():.1f} %; "
+                f"{method}, n = {n}: error on held-out images {100 * curves[method, n].held_out_error[-1].mean():.1f} %; "
                 f"meta-training {trained:.0f} s, test {time.monotonic() - since - trained:.0f} s",
                 highlight=False,
             )
@@ -127,9 +127,14 @@ def points(protocol: Protocol, curves: dict[tuple[str, int], Curves]) -> dict[st
 
 
 def over_seeds(rows: list[dict[str, Any]], method: str, n: int, key: str) -> tuple[float, float]:
-    """Mean and standard deviation over seeds, which is 0 of a single one."""
+    """Mean and standard deviation over seeds."""
     values = torch.tensor([row[key] for row in rows if (row["method"], row["alphabets"]) == (method, n)], dtype=torch.float64)
-    return float(values.mean()), float(values.std()) if len(values) > 1 else 0.0
+    return float(values.mean()), float(deviation(values))
+
+
+def deviation(values: torch.Tensor) -> torch.Tensor:
+    """Standard deviation over seeds, the last axis; 0 of a single one."""
+    return values.std(-1, correction=min(1, values.shape[-1] - 1))
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -144,7 +149,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def draw(protocol: Protocol, curves: dict[tuple[str, int], Curves], rows: list[dict[str, Any]]) -> Figure:
     """Left: learning curves at the largest n. Right: areas against n. Above: training batches' loss; below: held-out error."""
-    figure = Figure(figsize=(9, 7), layout="constrained")
+    figure = Figure(figsize=(8.2, 6.3), layout="constrained")
     (above, above_right), (below, below_right) = figure.subplots(2, 2)
     most = protocol.alphabets[-1]
     for method, colour in zip(METHODS, study.COLOURS, strict=False):
@@ -156,7 +161,7 @@ def draw(protocol: Protocol, curves: dict[tuple[str, int], Curves], rows: list[d
         above.plot(steps, mean, **look, label=TITLES[method])
         above.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
         seeds = 100 * found.held_out_error.mean(2)  # (points, R)
-        mean, spread = seeds.mean(1), seeds.std(1, unbiased=False)
+        mean, spread = seeds.mean(1), deviation(seeds)
         steps = protocol.every * torch.arange(len(mean))
         below.plot(steps, mean, **look)
         below.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
@@ -177,7 +182,7 @@ def draw(protocol: Protocol, curves: dict[tuple[str, int], Curves], rows: list[d
     return figure
 
 
-def report(protocol: Protocol, rows: list[dict[str, Any]], budget: str, data: str) -> str:
+def report(protocol: Protocol, rows: list[dict[str, Any]], section: params.Study, data: str) -> str:
     """The study's page."""
     p, most, by = protocol, protocol.alphabets[-1], protocol.augmentation
     ranked = {
@@ -205,7 +210,7 @@ def report(protocol: Protocol, rows: list[dict[str, Any]], budget: str, data: st
         ]
         return tables.markdown(["method", *(f"n = {n}" for n in p.alphabets)], cells)
 
-    joint = p.meta_batch * p.inner_steps
+    joint, paper = p.meta_batch * p.inner_steps, section.paper
     text = [
         "# Leap and its rivals on whole alphabets",
         'Slide "Omniglot Comparison": figure 3 of [Flennerhag et al. 2019](https://arxiv.org/abs/1812.01054), section 4.1; '
@@ -234,7 +239,7 @@ def report(protocol: Protocol, rows: list[dict[str, Any]], budget: str, data: st
         "training batches of a constant 1. Every seed's numbers and all curves are in "
         f"[plots/studies/{NAME}](../../plots/studies/{NAME}).",
         "## Protocol",
-        f"Budget {budget}, data {data}. Alphabets of at least {p.way} characters; for each of the seeds "
+        f"Budget {section.budget}, data {data}. Alphabets of at least {p.way} characters; for each of the seeds "
         f"{listed(p.seeds)}, {p.test} held out for the test and n in {{{listed(p.alphabets)}}} of the "
         "others for meta-training. Within a seed all methods and all n have the same test alphabets, the same images in the "
         "same order there, and the same initial weights; a smaller n has a part of a larger one's alphabets. "
@@ -256,7 +261,9 @@ def report(protocol: Protocol, rows: list[dict[str, Any]], budget: str, data: st
         "\n".join(
             f"- {line}"
             for line in (
-                *([f"Budget: {PUBLISHED}"] if budget == "quick" else []),
+                f"Published are {paper['meta_steps']:,} meta-steps of {paper['meta_batch']} tasks, {len(paper['seeds'])} "
+                f"seeds, n in {{{listed(paper['alphabets'])}}} and down-sampling {paper['downsample']}: budget `paper` of "
+                "params.yaml.",
                 "The test alphabets are the same for every n; in the authors' code they change with n. Of the remaining "
                 "alphabets, which they validate on, none is used.",
                 "On held-out images the authors' network takes running statistics (MAML's takes the batch's), in batches; here "
@@ -272,11 +279,6 @@ def report(protocol: Protocol, rows: list[dict[str, Any]], budget: str, data: st
     ]
     return "\n\n".join(text)
 
-
-PUBLISHED = (
-    "1,000 meta-steps of 20 tasks, ten seeds, n in {1, 3, 5, 10, 15, 20, 25}, max-pooling instead of strides; that is budget "
-    "`paper` in params.yaml, which has not been run."
-)
 
 if __name__ == "__main__":
     app()
