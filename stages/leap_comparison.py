@@ -149,7 +149,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def draw(protocol: Protocol, curves: dict[tuple[str, int], Curves], rows: list[dict[str, Any]]) -> Figure:
     """Left: learning curves at the largest n. Right: areas against n. Above: training batches' loss; below: held-out error."""
-    figure = Figure(figsize=(8.2, 6.3), layout="constrained")
+    figure = Figure(figsize=(7.1, 5), layout="constrained")
     (above, above_right), (below, below_right) = figure.subplots(2, 2)
     most = protocol.alphabets[-1]
     for method, colour in zip(METHODS, study.COLOURS, strict=False):
@@ -170,10 +170,10 @@ def draw(protocol: Protocol, curves: dict[tuple[str, int], Curves], rows: list[d
             mean, spread = unit * torch.tensor(pairs).T
             axis.plot(protocol.alphabets, mean, **look, marker=marker, markersize=5)
             axis.fill_between(protocol.alphabets, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
-    above.set(ylabel="loss on training batches, nats", title=f"Learning of held-out alphabets, n = {most}")
-    below.set(ylabel="error on held-out images, %", xlabel="inner steps")
-    above_right.set(ylabel="area under the loss, nats", title="Area under the curve, by n")
-    below_right.set(ylabel="area under the held-out error, %", xlabel="alphabets in meta-training, n")
+    above.set(ylabel="training loss, nats", title=f"Held-out alphabets, n = {most}")
+    below.set(ylabel="held-out error, %", xlabel="inner steps")
+    above_right.set(ylabel="area, loss, nats", title="Area under these curves")
+    below_right.set(ylabel="area, error, %", xlabel="alphabets in meta-training, n")
     for axis in (above_right, below_right):
         axis.set_xticks(protocol.alphabets)
     for axis in (above, below, above_right, below_right):
