@@ -222,6 +222,7 @@ def draw(rows: list[Row], curves: list[Measured]) -> Figure:
 def report(kind: Kind, budget: str, protocol: dict[str, Any], rows: list[Row], last: dict[str, float]) -> str:
     """The study's page."""
     asked, learning = kind.coefficients, kind.combinations
+    network = ", ".join(f"{key} {value}" for key, value in kind.network.items())
     measured = []
     for row in rows:
         average, inner_product = expansions.EXPECTED[row.learner](row.k)
@@ -239,7 +240,7 @@ def report(kind: Kind, budget: str, protocol: dict[str, Any], rows: list[Row], l
         "and Reptile are a multiple of AvgGrad, the gradient of joint training, less a multiple of alpha AvgGradInner, which "
         "makes gradients of different mini-batches agree. Here both multiples are measured on the network and the images, "
         "and the outer loop steps along combinations of the inner loop's gradients.",
-        f"Budget {budget}, data {protocol['data']}, {protocol['way']}-way, network {kind.network}, seed {kind.seed}.",
+        f"Budget {budget}, data {protocol['data']}, {protocol['way']}-way, network: {network}; seed {kind.seed}.",
         f"![Coefficients, and learning curves of combinations of gradients]({NAME}.png)",
         "## Coefficients",
         f"At the initial weights, in double precision: {asked.batches} mini-batches of {asked.shot} image(s) of each class, "
@@ -251,7 +252,8 @@ def report(kind: Kind, budget: str, protocol: dict[str, Any], rows: list[Row], l
         ),
         "The expansions want a loss that is smooth between the weights of an inner loop. This one is so only as long as no "
         "ReLU crosses its kink, where a gradient jumps by what no Hessian at the initial weights knows of. Where the residual "
-        "is not small, such jumps (and O(alpha^2)) outweigh the AvgGradInner part; its coefficient is no longer the slides'.",
+        "is not small, such jumps (and O(alpha^2)) outweigh the AvgGradInner part; its coefficient is no longer the slides'. "
+        "Reptile's update is a difference of weights over alpha: at a tiny alpha its residual is rounding.",
         "## Combinations of gradients",
         f"5-way 5-shot. Inner loop: SGD at {learning.inner_lr:g} on the mean loss, {learning.shot} images of each class in a "
         f"step, other ones in every step. Outer step: {learning.meta_step:g} times the inner rate along the combination, "
@@ -262,8 +264,8 @@ def report(kind: Kind, budget: str, protocol: dict[str, Any], rows: list[Row], l
         "## What differs from the publication",
         "The authors train for 40,000 meta-steps of one task with an outer step of 0.25, at an inner rate of 0.003 on the loss "
         "summed over 25 images, which is 0.075 on the mean; budget `paper` does so. A sum and its mean differ in the length of "
-        "the outer step alone. Ours have the same seed of tasks for all combinations, and validation characters of their own; "
-        "theirs are tested on training and test characters.",
+        "the outer step alone. Ours are tested on tasks of characters that are kept for such choices, at the meta-steps shown; "
+        "theirs at every meta-step on one task.",
     ])  # fmt: skip
 
 
