@@ -10,7 +10,7 @@ import torch
 
 from metalib.studies import cost
 from stages import compute_memory, fetch, preprocess
-from tests.conftest import Edit, Stage
+from tests.conftest import ROOT, Edit, Stage
 
 CPU = torch.device("cpu")
 
@@ -47,6 +47,7 @@ def test_maml_s_memory_grows_and_implicit_maml_s_does_not(edit: Edit, stage: Sta
     """By PyTorch's operators. Seen failing with MAML's learner under FOMAML's name and the other way round."""
     prepare(edit, stage)
     monkeypatch.setenv("METALIB_ENGINE", "wide")  # alone
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # where the processes' server finds what it loads once for all
     stage(compute_memory.app)
     metrics = json.loads(Path("metrics/studies/compute_memory.json").read_text())
     slopes = metrics["mb_per_inner_step"]["wide"]
