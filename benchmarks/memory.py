@@ -1,12 +1,7 @@
 """Peak memory of one meta-gradient against the number of inner steps, each in a fresh process."""
 
-import ctypes
-import gc
-import platform
-import resource
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +13,7 @@ from benchmarks import peers, report
 from benchmarks.speed import ENGINES, ours
 from benchmarks.timing import prepared
 from benchmarks.work import EVERY_LEARNER, PAPERS, Item
+from metalib.studies.cost import begin, peak
 from stages.command import one_sentence
 
 METHODS = {
@@ -34,29 +30,6 @@ def item_of(method: str, steps: int, tasks: int) -> Item:
     """5-way 1-shot with one query per class, whatever the method's own item has."""
     found = METHODS[method]
     return Item(found.learner, way=5, shot=1, query=1, tasks=tasks, hyper=found.hyper | {"inner_steps": steps})
-
-
-def peak(where: torch.device) -> int:
-    """Bytes: the most that this process has had since `begin`, or so far where its record cannot be reset."""
-    if where.type == "cuda":
-        return torch.cuda.max_memory_allocated(where)
-    try:  # of this program alone; getrusage's begins with what its parent had
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
-    except (OSError, StopIteration):
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
-
-
-def begin(where: torch.device) -> None:
-    """Give back what earlier calls have left, and let `peak` count from here."""
-    gc.collect()
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 @app.command()

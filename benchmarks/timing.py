@@ -1,12 +1,11 @@
 """Calls timed in turn, in one process: what slows the machine for a while then slows them all."""
 
-import gc
 import statistics
-import time
 from collections.abc import Callable, Mapping
 
 import torch
 
+from metalib.studies.cost import seconds
 from stages.command import device, keep_heap, tensor_float
 
 Seconds = list[float | None]
@@ -30,27 +29,13 @@ def alternate(
     """`repeats` rounds, after one that does not count. A call that has used `limit` seconds is left out of further rounds."""
     found: dict[str, Seconds] = {name: [] for name in calls}
     for call in calls.values():
-        _seconds(call, where)
+        seconds(call, where)
     for _ in range(repeats):
         for name, call in calls.items():
             used = [seconds for seconds in found[name] if seconds is not None]
             another = not used or sum(used) + used[-1] <= limit
-            found[name].append(_seconds(call, where) if another else None)
+            found[name].append(seconds(call, where) if another else None)
     return found
-
-
-def _seconds(call: Callable[[], object], where: torch.device) -> float:
-    gc.collect()  # so that no call pays for the garbage of the one before
-    _synchronise(where)
-    start = time.perf_counter()
-    call()
-    _synchronise(where)
-    return time.perf_counter() - start
-
-
-def _synchronise(where: torch.device) -> None:
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
 
 
 def median(seconds: Seconds) -> float:

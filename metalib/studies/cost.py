@@ -1,0 +1,70 @@
+"""Peak memory and duration of a call, on the CPU and on CUDA devices."""
+
+import ctypes
+import gc
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class Cost(NamedTuple):
+    """What a call takes."""
+
+    bytes: int  # that its first run adds to the process's peak
+    seconds: float  # median of the runs after the first
+
+
+def measure(call: Callable[[], object], where: torch.device, repeats: int) -> Cost:
+    """The cost of `call`. Its bytes are right in a process that has not computed much before; see `begin`."""
+    begin(where)
+    before = peak(where)
+    call()
+    extra = peak(where) - before
+    return Cost(extra, statistics.median(seconds(call, where) for _ in range(repeats)))
+
+
+def begin(where: torch.device) -> None:
+    """Give back what earlier calls have left, and let `peak` count from here."""
+    gc.collect()
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(where: torch.device) -> int:
+    """Bytes: the most that this process has had since `begin`, or so far where its record cannot be reset."""
+    if where.type == "cuda":
+        return torch.cuda.max_memory_allocated(where)
+    try:  # of this program alone; getrusage's begins with what its parent had
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+
+
+def seconds(call: Callable[[], object], where: torch.device) -> float:
+    """How long a call takes, to the end of what it leaves to the device."""
+    gc.collect()  # so that no call pays for the garbage of the one before
+    synchronise(where)
+    start = time.perf_counter()
+    call()
+    synchronise(where)
+    return time.perf_counter() - start
+
+
+def synchronise(where: torch.device) -> None:
+    """Wait for the device."""
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
