@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from stages.command import device_name
+
 RESULTS = Path("benchmarks/results")
 
 
@@ -25,17 +27,6 @@ def header(title: str, module: str, device: torch.device, versions: Mapping[str,
     ]
     command = " ".join([*chosen, "python -m", module, shlex.join(sys.argv[1:])]).strip()
     return f"# {title}\n\n`{command}`\n\n{'; '.join(facts)}."
-
-
-def device_name(device: torch.device) -> str:
-    """The processor's or the GPU's model."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], words: int = 1) -> str:

@@ -5,6 +5,7 @@ import functools
 import os
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ParamSpec
 
 import torch
@@ -44,6 +45,17 @@ def device() -> torch.device:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # streams and graphs are made on the current device
     return chosen
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's or the GPU's model."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def tensor_float(allowed: bool) -> None:

@@ -9,16 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
 
 from stages import files
-from stages.command import console
-
-matplotlib.use("Agg")
-
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito: colour-blind safe
+from stages.command import console, device_name
+from stages.compare import COLOURS as COLOURS
 
 
 def write(
@@ -52,7 +48,7 @@ def write(
         beside.write_text(report.rstrip() + "\n")
     run = {
         "commit": _commit(),
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else f"{where.type} ({_processor()})",
+        "device": f"{where.type} ({device_name(where)})",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -74,11 +70,3 @@ def _commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "none"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
