@@ -1,24 +1,28 @@
 """Milliseconds per meta-gradient: both of our engines beside every alternative, which must first give the same gradient."""
 
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
 import typer
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peers, report, work
 from benchmarks.peers import Call
 from benchmarks.timing import Seconds, alternate, median, prepared, ratio
 from benchmarks.work import Item
-from metalib import algorithms
+from metalib import algorithms, training
 from metalib.types import Params, TaskBatch
 from stages.command import one_sentence
 
 CHECK_TASKS = 2
 TOLERANCE = 1e-6  # relative, in float64: rounding, grown over many inner steps, stays below; a wrong gradient does not
-ENGINES = ("native", "wide")
+ENGINES = ("native", "wide", "wide, graph")  # the last: recorded as a CUDA graph, as a training's meta-step is
+PRODUCT = "matrix product"  # what the engines' arithmetic is compared with
+SIDE = 2048  # of its matrices
 TARGETS = {  # on the CPU: at least so many times as fast as the fastest per-task peer, and as vmap
     ("W1", "wide"): (3.5, 1.6),
     ("W1", "native"): (8.0, 3.5),
@@ -35,7 +39,8 @@ app = typer.Typer(add_completion=False)
 class Result(NamedTuple):
     item: Item
     off: dict[str, float]  # how far each gradient is from the wide engine's, relative, in float64
-    seconds: dict[str, Seconds]  # of those whose gradient is the same
+    seconds: dict[str, Seconds]  # of those whose gradient is the same, and of PRODUCT
+    flop: int | None  # of the loop over tasks
 
 
 def ours(item: Item, params: Params, batch: TaskBatch, engine: str) -> Call:
@@ -48,10 +53,30 @@ def ours(item: Item, params: Params, batch: TaskBatch, engine: str) -> Call:
     return call
 
 
+def recorded(call: Call) -> Call:
+    """The call as a CUDA graph. What it returns is overwritten by the next one."""
+    grads = Params()
+    launch = training.captured(lambda: grads.update(call()), [], plain_calls=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="no CUDA graph")
+        for _ in range(3):
+            launch()
+
+    def again() -> Params:
+        launch()
+        return grads
+
+    return again
+
+
 def contestants(item: Item, params: Params, batch: TaskBatch, absent: dict[str, str]) -> dict[str, Call]:
     """Our engines and the peers that have this learner; `absent` says why others are not among them."""
-    engines = ENGINES if batch.support_x.device.type == "cpu" else ENGINES[1:]
-    calls = {engine: ours(item, params, batch, engine) for engine in engines if engine not in absent}
+    calls = {engine: ours(item, params, batch, engine) for engine in ENGINES[:2] if engine not in absent}
+    if batch.support_x.device.type == "cuda":
+        try:
+            calls["wide, graph"] = recorded(calls["wide"])
+        except UserWarning as reason:
+            absent["wide, graph"] = str(reason)
     for name, prepare in peers.PEERS.items():
         if name.split()[0] not in absent and (call := prepare(item, params, batch)) is not None:
             calls[name] = call
@@ -71,8 +96,24 @@ def measure(item: Item, where: torch.device, repeats: int, limit: float, absent:
     expected = calls["wide"]()
     off = {name: difference(call(), expected) for name, call in calls.items() if name != "wide"}
     same = {"wide", *(name for name, error in off.items() if error <= TOLERANCE)}
-    calls = contestants(item, *item.data(where), absent)
-    return Result(item, off, alternate({name: c for name, c in calls.items() if name in same}, repeats, where, limit))
+    calls = {name: call for name, call in contestants(item, *item.data(where), absent).items() if name in same}
+    seconds = alternate({PRODUCT: product(where), **calls}, repeats, where, limit)
+    return Result(item, off, seconds, arithmetic(item, where))
+
+
+def product(where: torch.device) -> Call:
+    a, b = torch.rand(2, SIDE, SIDE, device=where)
+    return lambda: {"product": a @ b}
+
+
+def arithmetic(item: Item, where: torch.device) -> int | None:
+    """Floating-point operations of the loop over tasks, in all tasks; None where there is no loop."""
+    one = replace(item, tasks=1)
+    if (call := peers.loop(one, *one.data(where))) is None:
+        return None
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops()) * item.tasks
 
 
 @app.command()
@@ -90,7 +131,7 @@ def main(
     where = prepared(threads)
     versions, absent = peers.installed()
     head = report.header("Speed of meta-gradients", "benchmarks.speed", where, versions)
-    if where.type == "cpu" and (reason := why_not_native(where)):
+    if reason := why_not_native(where):
         absent["native"] = reason
     results = dict[str, Result]()
     for name, item in chosen.items():
@@ -115,11 +156,12 @@ def why_not_native(where: torch.device) -> str | None:
 
 def sections(results: dict[str, Result], absent: dict[str, str], where: torch.device) -> list[str]:
     names = [n for n in (*ENGINES, *peers.PEERS) if any(n in r.seconds or n in r.off for r in results.values())]
+    engines = [n for n in ENGINES if n in names]
     untimed = set(algorithms.names()) - {item.learner for item in work.ITEMS.values()}
     return [
         "Medians of calls in turn, in one process, float32, random images: those of the support set + those of the "
-        "query set. In brackets: how many times as long as our wide and our native engine take, medians of the ratios within a "
-        "round. JAX takes every core, whatever the number of threads.",
+        "query set. In brackets: how many times as long as our engines take, the last of them first, medians of the ratios "
+        "within a round. JAX takes every core, whatever the number of threads.",
         report.table(
             ["item", "work", *names], [[n, r.item, *(cell(r, name) for name in names)] for n, r in results.items()], 2
         ),
@@ -128,6 +170,16 @@ def sections(results: dict[str, Result], absent: dict[str, str], where: torch.de
             ["item", "engine", "fastest per-task peer", "times as fast", "target", "times as fast as vmap", "target"],
             [against(name, r, engine, where) for name, r in results.items() for engine in ENGINES if engine in r.seconds],
             3,
+        ),
+        "## Arithmetic\n\nGFLOP of the convolutions and products of the loop over tasks, as torch.utils.flop_counter counts "
+        f"them; how many of them a second an engine gets done; and how many a product of matrices {SIDE} x {SIDE} does.",
+        report.table(
+            ["item", "GFLOP", *(f"{name}, GFLOP/s" for name in (*engines, PRODUCT))],
+            [
+                [n, f"{r.flop / 1e9:.1f}", *(f"{r.flop / 1e9 / median(r.seconds[e]):.0f}" for e in engines), one_product(r)]
+                for n, r in results.items()
+                if r.flop
+            ],
         ),
         f"## The same gradient\n\nLargest difference from the wide engine's gradient, in float64, {CHECK_TASKS} tasks, "
         f"relative to each weight tensor's largest. An alternative with more than {TOLERANCE:g} is not timed.",
@@ -145,9 +197,7 @@ def cell(result: Result, name: str) -> str:
         return "" if result.off.get(name, 0.0) <= TOLERANCE else "another gradient"
     mine = result.seconds[name]
     text = f"{1000 * median(mine):.1f}" if median(mine) < 0.1 else f"{1000 * median(mine):.0f}"
-    others = (
-        [] if name in ENGINES else [f"{ratio(mine, result.seconds[e]):.1f}" for e in ("wide", "native") if e in result.seconds]
-    )
+    others = [] if name in ENGINES else [f"{ratio(mine, result.seconds[e]):.1f}" for e in ENGINES[::-1] if e in result.seconds]
     return f"{text} ({', '.join(others)})" if others else text
 
 
@@ -164,6 +214,10 @@ def against(name: str, result: Result, engine: str, where: torch.device) -> list
         fastest,
         *(str(x) if x else "" for pair in zip(map(one_digit, found), targets, strict=True) for x in pair),
     ]
+
+
+def one_product(result: Result) -> str:
+    return f"{2 * SIDE**3 / 1e9 / median(result.seconds[PRODUCT]):.0f}"
 
 
 def one_digit(number: float | None) -> str:

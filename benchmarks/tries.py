@@ -1,6 +1,7 @@
 """What was tried to learn more in the same time, and what each gave on the validation tasks: tries.yaml, a run for each line.
 
-Meta-steps follow from the measured cost of one, so that tries have the same CPU time. Test tasks are not touched.
+A try has the same CPU time as others (`seconds`; meta-steps follow from the measured cost of one), or the same meta-steps
+(`share` of those of budget quick). Test tasks are not touched.
 """
 
 import time
@@ -17,8 +18,7 @@ from stages import files, meta_train, params
 from stages.command import device, keep_heap, one_sentence
 
 TASKS = {"5w1s": 600, "5w5s": 300, "20w1s": 200, "20w5s": 100}  # of validation
-POINTS = 4  # validations in a training, evenly spaced
-HEAD = ["learner", "setting", "tried", "seeds", "CPU s", "meta-steps", "25 %", "50 %", "75 %", "end"]
+HEAD = ["learner", "setting", "tried", "seeds", "CPU s", "meta-steps"]
 app = typer.Typer(add_completion=False)
 
 
@@ -26,50 +26,57 @@ app = typer.Typer(add_completion=False)
 @one_sentence
 def main(
     tries: Annotated[Path, typer.Argument(help="what to try")] = Path("benchmarks/tries.yaml"),
+    validations: Annotated[int, typer.Option(min=1, help="in a training, evenly spaced; the last one at its end")] = 4,
     out: Annotated[Path, typer.Option()] = report.RESULTS / "tries.md",
 ) -> None:
-    """Write a table of validation accuracies, in %, after each quarter of a training."""
+    """Write a table of validation accuracies, in %, in the course of trainings."""
     where = device()
     torch.set_num_threads(1)
     keep_heap()
     head = report.header("Tried at equal time", "benchmarks.tries", where)
+    columns = [*HEAD, *(f"{100 * i / validations:.0f} %" for i in range(1, validations)), "end"]
     rows = list[list[object]]()
     for one in YAML(typ="safe").load(tries):
-        rows.append(attempt(one, where))
+        rows.append(attempt(one, validations, where))
         typer.echo(" ".join(map(str, rows[-1])))
         report.write(
             out,
             head,
-            "Validation accuracy in %, mean of the seeds (and from lowest to highest), after each quarter of a training. "
-            "`quick`: the values of params.yaml.",
-            report.table(HEAD, rows, 3),
+            "Validation accuracy in %, mean of the seeds (and from lowest to highest), after shares of a training. "
+            "`quick`: the values of params.yaml. CPU s: of a seed.",
+            report.table(columns, rows, 3),
         )
 
 
-def attempt(one: dict[str, Any], where: torch.device) -> list[object]:
+def attempt(one: dict[str, Any], validations: int, where: torch.device) -> list[object]:
     """A row of the table."""
     algorithm, setting, changes = one["learner"], one["setting"], one.get("set", {})
     seeds = one.get("seeds", 1)
-    made = cell(algorithm, setting, changes, seeds, steps=1, every=1)
-    steps = one["seconds"] * seeds / rates.seconds_per_step(made, algorithm, setting, where, time.process_time)
-    every = max(1, round(steps / POINTS))
-    made = cell(algorithm, setting, changes, seeds, POINTS * every, every)
-    tried = ", ".join(f"{key}={value}" for key, value in changes.items()) or "quick"
-    first = [algorithm, setting, tried, seeds, one["seconds"], POINTS * every]
+    made = cell(algorithm, setting, changes, seeds)
+    if "share" in one:
+        steps = one["share"] * made.outer.meta_steps
+    else:
+        steps = one["seconds"] * seeds / rates.seconds_per_step(made, algorithm, setting, where, time.process_time)
+    every = max(1, round(steps / validations))
+    made = cell(algorithm, setting, changes | {"outer.meta_steps": validations * every, "outer.validate_every": every}, seeds)
+    start = time.process_time()
     try:
         for now in meta_train.train(made, algorithm, setting, files.load_tasks(setting), made.seeds, where, None):
             result = now
+        assert isinstance(result, Result)
+        found = [spread(row.validation) for row in result.history if row.validation]
     except Diverged:
-        return [*first, "diverged", "", "", ""]
-    assert isinstance(result, Result)
-    return [*first, *(spread(row.validation) for row in result.history if row.validation)]
+        found = ["diverged", *[""] * (validations - 1)]
+    seconds = one.get("seconds") or f"{(time.process_time() - start) / seeds:.0f}"
+    tried = ", ".join(f"{key}={value}" for key, value in changes.items()) or "quick"
+    return [algorithm, setting, tried, seeds, seconds, validations * every, *found]
 
 
-def cell(algorithm: str, setting: str, changes: dict[str, Any], seeds: int, steps: int, every: int) -> params.Cell:
+def cell(algorithm: str, setting: str, changes: dict[str, Any], seeds: int) -> params.Cell:
     """The cell of budget quick with other values, named as in params.yaml under its section."""
     file = params.read().model_dump()
     own = file["algorithms"][algorithm]["quick"][f"s{setting}"]
-    for key, value in (changes | {"outer.meta_steps": steps, "outer.validate_every": every}).items():
+    for key, value in changes.items():
         *groups, last = key.split(".")
         section = own
         for group in groups:

@@ -56,3 +56,10 @@ def test_a_wrong_gradient_is_not_timed_and_absent_libraries_are_named(tmp_path: 
     assert all(f"- {name} is absent: " in text for name in ("learn2learn", "higher", "TorchOpt", "JAX"))
     row = next(line for line in text.splitlines() if line.startswith("| toy | maml: 2 tasks of 3 classes"))
     assert row.count("another gradient") == 1
+
+
+def test_arithmetic_by_hand() -> None:
+    """FOMAML: forward and two products backward for each image and step, but no gradient of the images."""
+    first, others, head = 14 * 14 * 9 * 64, 9 * 64 * 64 * (7 * 7 + 4 * 4 + 2 * 2), 64 * 20
+    image = 2 * (2 * first + 3 * others + 3 * head)
+    assert speed.arithmetic(work.ITEMS["W5"], CPU) == 16 * 20 * (5 + 1) * image
