@@ -39,7 +39,7 @@ def sgd(
     for step in range(steps):
         grads = tree.grad(loss(params, *minibatch(x, y, batch, step)).sum(), params, create_graph)  # the sum keeps tasks apart
         if lam:
-            grads = tree.axpy(lam, tree.sub(params, start), grads)
+            params = tree.map_with(lambda p, p0: torch.lerp(p, p0, lr * lam), params, start)  # p - lr lam (p - p0)
         params = tree.axpy(-lr, grads, params)
         if not create_graph:
             params = tree.detach(params)

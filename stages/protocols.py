@@ -220,7 +220,8 @@ trained inductively is tested so).
 
 Accuracy in % on {asked.test_tasks} test tasks and, in brackets, the shift against the reference in points with its 95 %
 interval: paired, on the same tasks, but for the splits, which have tasks of their own. The intervals are over tasks, for
-the weights that were trained.
+the weights that were trained: where a choice means another training (inductive training, another split), its shift also
+holds the difference between two trainings, which no interval here is of.
 
 {tables.markdown(["choice", *asked.learners], table)}
 

@@ -74,13 +74,25 @@ def test_value_gradient_and_hessian_vector_product(
 ) -> None:
     """Seen failing with `- mean_dot` turned to plus (Hessian alone), with `i < s` left out of norm_relu_backward (inductive
     alone), with `statistics` of all images (inductive alone), with a term left out of q_dot (Hessian alone), with `spread`
-    not dividing (mean alone) and with the slope's sign turned (the derivative by gout alone)."""
+    not dividing (mean alone) and with the slope's sign turned (the derivative by gout alone), and with `silent` where
+    the first image alone is (inductive alone)."""
     net, params = problems.network(**choices)  # type: ignore[arg-type]
     weights, (x, y) = different(params, 2), images(net, count, tasks=2)
     engine("native")
     found = derivatives(net, weights, x, y, support)
     engine("wide")
     assert_close(found, derivatives(net, weights, x, y, support), 1e-10)
+
+
+def test_a_head_of_zero_leaves_out_what_is_zero(engine: Engine) -> None:
+    """In one task of two. Seen failing with the product of g_dot and w left out, too."""
+    net, params = problems.network()
+    weights, (x, y) = different(params, 2), images(net, 5, tasks=2)
+    weights["head.weight"][1] = 0
+    engine("native")
+    found = derivatives(net, weights, x, y)
+    engine("wide")
+    assert_close(found, derivatives(net, weights, x, y), 1e-10)
 
 
 @pytest.mark.parametrize("features", ["flatten", "mean"])

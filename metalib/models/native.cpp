@@ -639,8 +639,10 @@ template <class T> void run_task(const Problem& P, Shared<T>& shared, Workspace<
     }
     static_cast<T*>(P.loss)[t] = second ? slope : loss;
 
-    // down: gradients, and along v
-    for (int l = LAYERS - 1; l >= lowest; l--) {
+    // down: gradients, and along v. Nothing comes down from a head of zero, as head_init zero has it at a task's start: then
+    // the gradient is done, and along v the products of g are left out.
+    const bool silent = std::all_of(g, g + size_t(images) * last * C, [](T value) { return value == 0; });
+    for (int l = LAYERS - 1; l >= lowest && (second || !silent); l--) {
         const Geometry& geo = shared.layer[l];
         if (l == 0) {
             const T* y = ws.maps[0].y.get();
@@ -656,15 +658,15 @@ template <class T> void run_task(const Problem& P, Shared<T>& shared, Workspace<
         const T *x = ws.maps[l - 1].y.get(), *x_dot = ws.maps[l - 1].y_dot.get(), *gz = g, *gz_dot = g_dot;
         if (out[3 * l]) {
             grad_kernel(geo, images, x, second ? gz_dot : gz, out[3 * l]);
-            if (second) grad_kernel(geo, images, x_dot, gz, out[3 * l]);
+            if (second && !silent) grad_kernel(geo, images, x_dot, gz, out[3 * l]);
         }
         if (l == lowest) break;
         g = ws.g[l % 2 ? 0 : 1].zeros(size_t(images) * geo.in_rows * C);
-        grad_input(geo, images, gz, w[3 * l], g);
+        if (!silent) grad_input(geo, images, gz, w[3 * l], g);
         if (second) {
             g_dot = ws.g_dot[l % 2 ? 0 : 1].zeros(size_t(images) * geo.in_rows * C);
             grad_input(geo, images, gz_dot, w[3 * l], g_dot);
-            grad_input(geo, images, gz, v[3 * l], g_dot);
+            if (!silent) grad_input(geo, images, gz, v[3 * l], g_dot);
         }
     }
 }

@@ -207,45 +207,51 @@ def initial(network: Conv4, generator: torch.Generator) -> Params:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchMAML:
-    """metalib/algorithms' maml and fomaml with a batch of its own for every inner step, as all methods have here."""
+class BatchFOMAML:
+    """metalib/algorithms/fomaml.py with a batch of its own for every inner step, as all methods have here."""
 
     inner_lr: float
     inner_steps: int
     inner_batch: int
-    first_order: bool
 
     def init(self, params: Params) -> Params:
         return params
 
     def adapt(self, loss: TaskLoss, params: Params, x: Tensor, y: Tensor, watch: Watch | None = None) -> Params:
-        return self._run(loss, tree.tile(params, len(x)), x, y, False, watch)
+        theta = tree.tile(params, len(x))
+        return inner.sgd(
+            loss, theta, x, y, lr=self.inner_lr, steps=self.inner_steps, batch=self.inner_batch, watch=watch
+        )  # fmt: skip
+
+    def meta_gradient(self, loss: TaskLoss, params: Params, tasks: TaskBatch, progress: Tensor | None = None) -> MetaGradient:
+        phi = self.adapt(loss, params, tasks.support_x, tasks.support_y)
+        query_loss = loss(phi, tasks.query_x, tasks.query_y)
+        return MetaGradient(tree.mean_tasks(tree.grad(query_loss.sum(), phi)), query_loss.detach())
+
+
+class BatchMAML(BatchFOMAML):
+    """metalib/algorithms/maml.py, likewise."""
 
     def meta_gradient(self, loss: TaskLoss, params: Params, tasks: TaskBatch, progress: Tensor | None = None) -> MetaGradient:
         theta = tree.detach(tree.tile(params, len(tasks.support_x)))
-        phi = self._run(loss, theta, tasks.support_x, tasks.support_y, not self.first_order)
-        query_loss = loss(phi, tasks.query_x, tasks.query_y)
-        grads = tree.grad(query_loss.sum(), phi if self.first_order else theta)
-        return MetaGradient(tree.mean_tasks(grads), query_loss.detach())
-
-    def _run(
-        self, loss: TaskLoss, theta: Params, x: Tensor, y: Tensor, create_graph: bool, watch: Watch | None = None
-    ) -> Params:
-        return inner.sgd(
-            loss, theta, x, y,
-            lr=self.inner_lr, steps=self.inner_steps, batch=self.inner_batch, create_graph=create_graph, watch=watch,
+        phi = inner.sgd(
+            loss, theta, tasks.support_x, tasks.support_y,
+            lr=self.inner_lr, steps=self.inner_steps, batch=self.inner_batch, create_graph=True,
         )  # fmt: skip
+        query_loss = loss(phi, tasks.query_x, tasks.query_y)
+        return MetaGradient(tree.mean_tasks(tree.grad(query_loss.sum(), theta)), query_loss.detach())
 
 
 def learner(method: str, protocol: Protocol) -> MetaLearner:
     """Leap, Reptile, FOMAML or MAML as the protocol has it."""
     steps = protocol.maml_steps if method == "maml" else protocol.inner_steps
-    common = {"inner_lr": protocol.inner_lr, "inner_steps": steps, "inner_batch": protocol.batch}
+    lr, batch = protocol.inner_lr, protocol.batch
+    common = {"inner_lr": lr, "inner_steps": steps, "inner_batch": batch}
     if method == "leap":
         return algorithms.build("leap", common | dataclasses.asdict(protocol.leap))
     if method == "reptile":
         return algorithms.build("reptile", common | {"inner_optimiser": "sgd", "moments": "reset"})
-    return BatchMAML(**common, first_order=method == "fomaml")  # type: ignore[arg-type]
+    return (BatchFOMAML if method == "fomaml" else BatchMAML)(inner_lr=lr, inner_steps=steps, inner_batch=batch)
 
 
 def meta_train(
