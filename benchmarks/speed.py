@@ -20,7 +20,9 @@ from stages.command import one_sentence
 
 CHECK_TASKS = 2
 TOLERANCE = 1e-6  # relative, in float64: rounding, grown over many inner steps, stays below; a wrong gradient does not
-ENGINES = ("native", "wide", "wide, graph")  # the last: recorded as a CUDA graph, as a training's meta-step is
+ENGINES = ("native", "wide")
+GRAPH = "wide, graph"  # recorded as a CUDA graph, as a training's meta-step is
+OURS = (*ENGINES, GRAPH)
 PRODUCT = "matrix product"  # what the engines' arithmetic is compared with
 SIDE = 2048  # of its matrices
 TARGETS = {  # on the CPU: at least so many times as fast as the fastest per-task peer, and as vmap
@@ -71,12 +73,12 @@ def recorded(call: Call) -> Call:
 
 def contestants(item: Item, params: Params, batch: TaskBatch, absent: dict[str, str]) -> dict[str, Call]:
     """Our engines and the peers that have this learner; `absent` says why others are not among them."""
-    calls = {engine: ours(item, params, batch, engine) for engine in ENGINES[:2] if engine not in absent}
+    calls = {engine: ours(item, params, batch, engine) for engine in ENGINES if engine not in absent}
     if batch.support_x.device.type == "cuda":
         try:
-            calls["wide, graph"] = recorded(calls["wide"])
+            calls[GRAPH] = recorded(calls["wide"])
         except UserWarning as reason:
-            absent["wide, graph"] = str(reason)
+            absent[GRAPH] = str(reason)
     for name, prepare in peers.PEERS.items():
         if name.split()[0] not in absent and (call := prepare(item, params, batch)) is not None:
             calls[name] = call
@@ -155,8 +157,8 @@ def why_not_native(where: torch.device) -> str | None:
 
 
 def sections(results: dict[str, Result], absent: dict[str, str], where: torch.device) -> list[str]:
-    names = [n for n in (*ENGINES, *peers.PEERS) if any(n in r.seconds or n in r.off for r in results.values())]
-    engines = [n for n in ENGINES if n in names]
+    names = [n for n in (*OURS, *peers.PEERS) if any(n in r.seconds or n in r.off for r in results.values())]
+    engines = [n for n in OURS if n in names]
     untimed = set(algorithms.names()) - {item.learner for item in work.ITEMS.values()}
     return [
         "Medians of calls in turn, in one process, float32, random images: those of the support set + those of the "
@@ -168,7 +170,7 @@ def sections(results: dict[str, Result], absent: dict[str, str], where: torch.de
         "## Against the fastest\n\nHow many times as fast as the fastest of the peers that go task by task, and as vmap.",
         report.table(
             ["item", "engine", "fastest per-task peer", "times as fast", "target", "times as fast as vmap", "target"],
-            [against(name, r, engine, where) for name, r in results.items() for engine in ENGINES if engine in r.seconds],
+            [against(name, r, engine, where) for name, r in results.items() for engine in OURS if engine in r.seconds],
             3,
         ),
         "## Arithmetic\n\nGFLOP of the convolutions and products of the loop over tasks, as torch.utils.flop_counter counts "
@@ -197,7 +199,7 @@ def cell(result: Result, name: str) -> str:
         return "" if result.off.get(name, 0.0) <= TOLERANCE else "another gradient"
     mine = result.seconds[name]
     text = f"{1000 * median(mine):.1f}" if median(mine) < 0.1 else f"{1000 * median(mine):.0f}"
-    others = [] if name in ENGINES else [f"{ratio(mine, result.seconds[e]):.1f}" for e in ENGINES[::-1] if e in result.seconds]
+    others = [] if name in OURS else [f"{ratio(mine, result.seconds[e]):.1f}" for e in OURS[::-1] if e in result.seconds]
     return f"{text} ({', '.join(others)})" if others else text
 
 
