@@ -33,6 +33,7 @@ def one_sentence(main: Callable[P, None]) -> Callable[P, None]:
 
 def device() -> torch.device:
     """METALIB_DEVICE (cpu, cuda, cuda:1, mps), or the best there is. Not a param: it changes cost, not meaning."""
+    torch.backends.cudnn.benchmark = True  # there are few shapes, and many calls of each
     asked = os.environ.get("METALIB_DEVICE", "auto")
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
