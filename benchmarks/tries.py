@@ -43,7 +43,7 @@ def main(
             out,
             head,
             "Validation accuracy in %, mean of the seeds (and from lowest to highest), after shares of a training. "
-            "`quick`: the values of params.yaml. CPU s: of a seed.",
+            "`quick`: the values of params.yaml. CPU s: of a seed; with its validations, where meta-steps were given.",
             report.table(columns, rows, 3),
         )
 

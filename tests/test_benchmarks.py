@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import peers, speed, work
+from benchmarks import convolutions, peers, speed, work
 from metalib import algorithms
 
 CPU = torch.device("cpu")
@@ -63,3 +63,9 @@ def test_arithmetic_by_hand() -> None:
     first, others, head = 14 * 14 * 9 * 64, 9 * 64 * 64 * (7 * 7 + 4 * 4 + 2 * 2), 64 * 20
     image = 2 * (2 * first + 3 * others + 3 * head)
     assert speed.arithmetic(work.ITEMS["W5"], CPU) == 16 * 20 * (5 + 1) * image
+
+
+@pytest.mark.parametrize(("size", "channels"), [(7, 3), (4, 64)])
+def test_all_roads_of_a_convolution_lead_to_one_product(size: int, channels: int) -> None:
+    """Seen failing with the kernels of the groups in reverse order."""
+    convolutions.agree(convolutions.roads(2, 3, size, channels, CPU))
