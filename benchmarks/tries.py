@@ -25,7 +25,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 @one_sentence
 def main(
-    tries: Annotated[Path, typer.Argument(help="what to try")] = Path("benchmarks/tries.yaml"),
+    tries: Annotated[Path, typer.Argument(help="what to try", exists=True, dir_okay=False)] = Path("benchmarks/tries.yaml"),
     validations: Annotated[int, typer.Option(min=1, help="in a training, evenly spaced; the last one at its end")] = 4,
     out: Annotated[Path, typer.Option()] = report.RESULTS / "tries.md",
 ) -> None:
