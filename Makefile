@@ -15,7 +15,7 @@ run: setup
 	elif [ -n "$$OMNIGLOT_MIRROR" ]; then \
 	    exit 1; \
 	else \
-	    printf '\n%s\n%s\n\n' 'Omniglot cannot be downloaded here, so the same now runs on glyphs, characters drawn by a program.' \
+	    printf '\n%s\n%s\n\n' 'There is no Omniglot (see above), so the same now runs on glyphs, characters drawn by a program.' \
 	        'What follows is NOT Omniglot. It runs in a folder of its own; params.yaml and the committed results stay.'; \
 	    $(MAKE) --no-print-directory glyphs; \
 	fi

@@ -16,7 +16,7 @@ import typer
 from benchmarks import rates, report
 from metalib.training import Progress
 from stages import files, meta_train, params
-from stages.command import device, keep_heap, one_sentence
+from stages.command import device, keep_heap, one_sentence, tensor_float
 
 SETTING = "5w1s"
 GOALS = (90, 95, 97)  # %
@@ -33,6 +33,7 @@ def main(
     """Write a table of seconds. Needs the trained models: dvc repro compare@5w1s."""
     where = device()
     keep_heap()
+    tensor_float(params.read().meta_train.tf32)
     head = report.header("Time to accuracy", "benchmarks.accuracy", where)
     rows = []
     for algorithm, budget in [*((name, "quick") for name in params.read().algorithms), ("maml", "paper")]:

@@ -35,7 +35,7 @@ def item_of(method: str, steps: int, tasks: int) -> Item:
 @app.command()
 @one_sentence
 def main(
-    steps: Annotated[str, typer.Option(help="inner steps, with commas between them")] = "1,5,10,20,50",
+    steps: Annotated[list[int], typer.Option(min=1, help="inner steps")] = [1, 5, 10, 20, 50],  # noqa: B006
     tasks: Annotated[int, typer.Option(min=1)] = 16,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     out: Annotated[Path, typer.Option()] = report.RESULTS / "memory.md",
@@ -47,16 +47,15 @@ def main(
     where = prepared(threads)
     if one is not None:
         method, means = one.split("/")
-        typer.echo(extra_bytes(item_of(method, int(steps), tasks), means, where))
+        typer.echo(extra_bytes(item_of(method, steps[0], tasks), means, where))
         return
-    counts = [int(count) for count in steps.split(",")]
     engines = ENGINES if where.type == "cpu" else ENGINES[1:]
     pairs = [*((method, engine) for method in METHODS for engine in engines), ("maml", "loop")]
     head = report.header("Memory of a meta-gradient", "benchmarks.memory", where)
     rows = []
     for method, means in pairs:
         typer.echo(f"{method}, {means}")
-        found = [in_fresh_process(f"{method}/{means}", count, tasks, threads) for count in counts]
+        found = [in_fresh_process(f"{method}/{means}", count, tasks, threads) for count in steps]
         rows.append([method, means, *(f"{extra / 2**20:.1f}" for extra in found)])
     report.write(
         out,
@@ -64,7 +63,7 @@ def main(
         "MiB that one meta-gradient adds to the peak of a fresh process, by inner steps. 5-way 1-shot, 1 query per class; "
         f"tasks: {tasks}. maml_truncated differentiates the last 2 steps (or the only one), imaml has 5 steps of CG. loop: "
         "task after task in everyday PyTorch, which holds the graph of one task at a time.",
-        report.table(["method", "means", *(f"{count} steps" for count in counts)], rows, 2),
+        report.table(["method", "means", *(f"{count} steps" for count in steps)], rows, 2),
     )
     typer.echo(f"written: {out}")
 

@@ -3,7 +3,7 @@
 import datetime
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -12,17 +12,27 @@ from benchmarks import rates, report
 from metalib import algorithms, evaluation
 from metalib.data.tasks import Tasks
 from stages import files, params
-from stages.command import device, keep_heap, one_sentence
+from stages.command import device, keep_heap, one_sentence, tensor_float
 
-HEAD = ["learner", "setting", "ms per meta-step", "meta-steps", "ms per evaluation task", "evaluation tasks", "together"]
-TASKS = 16  # evaluated to measure
+HEAD = [
+    "learner",
+    "setting",
+    "ms per meta-step",
+    "meta-steps",
+    "ms per validation task",
+    "tasks",
+    "ms per test task",
+    "tasks",
+    "together",
+]
+TASKS = {"cuda": 256}  # evaluated to measure; elsewhere 16
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 @one_sentence
 def main(
-    budget: Annotated[str, typer.Option(help="quick or paper")] = "quick",
+    budget: Literal["quick", "paper"] = "quick",
     out: Annotated[Path | None, typer.Option(help="default: benchmarks/results/plan-<budget>.md")] = None,
 ) -> None:
     """Write a table of durations. Needs the data: dvc repro split."""
@@ -32,6 +42,7 @@ def main(
     values = params.read().model_dump()
     values["meta_train"]["budget"] = budget
     file = params.File(**values)
+    tensor_float(file.meta_train.tf32)
     rows, total = list[list[object]](), 0.0
     for algorithm in file.algorithms:
         for key in file.tasks.settings:
@@ -52,27 +63,32 @@ def measure(file: params.File, algorithm: str, setting: str, where: torch.device
     cell = params.cell(file, algorithm, setting)
     steps = cell.outer.meta_steps
     per_step = rates.seconds_per_step(cell, algorithm, setting, where)
-    per_task = seconds_per_task(cell, algorithm, setting, where)
-    validations = -(-steps // cell.outer.validate_every)
+    row: list[object] = [algorithm, setting, f"{1000 * per_step:.1f}", steps]
+    seconds = steps * per_step
     test_tasks = file.budgets[file.meta_train.budget].settings[f"s{setting}"].test_tasks
-    tasks = len(cell.seeds) * (validations * cell.validation_tasks + test_tasks)
-    row: list[object] = [algorithm, setting, f"{1000 * per_step:.1f}", steps, f"{1000 * per_task:.1f}", tasks]
-    return row, steps * per_step + tasks * per_task
+    validation_tasks = -(-steps // cell.outer.validate_every) * cell.validation_tasks
+    for count, every_step in ((validation_tasks, False), (test_tasks, True)):
+        per_task = seconds_per_task(cell, algorithm, setting, where, every_step)
+        row += [f"{1000 * per_task:.1f}", len(cell.seeds) * count]
+        seconds += len(cell.seeds) * count * per_task
+    return row, seconds
 
 
-def seconds_per_task(cell: params.Cell, algorithm: str, setting: str, where: torch.device) -> float:
+def seconds_per_task(cell: params.Cell, algorithm: str, setting: str, where: torch.device, every_step: bool) -> float:
     stored = files.load_tasks(setting)
     characters = torch.from_numpy(files.load_characters().images).to(where)
     network = params.make_network(cell, way=int(stored.protocol["way"]), image_size=characters.shape[-1])
     weights = algorithms.build(algorithm, cell.learner).init(network.init(torch.Generator(where).manual_seed(0)))
     learner = algorithms.build(algorithm, cell.learner | cell.test)
-    tasks = Tasks(*(index.to(where) for index in files.first(stored.validation, TASKS, "tasks.validation")))
+    count = TASKS.get(where.type, 16)
+    tasks = Tasks(*(index.to(where) for index in files.first(stored.validation, count, "tasks.validation")))
+    shot = int(stored.protocol["shot"])
     for _ in range(2):  # the first one is slower
         start = time.perf_counter()
-        accuracy = evaluation.evaluate(learner, network, weights, characters, tasks, int(stored.protocol["shot"]))
+        accuracy = evaluation.evaluate(learner, network, weights, characters, tasks, shot, every_step=every_step)
         accuracy.transductive.sum().item()  # waits for the device
         seconds = time.perf_counter() - start
-    return seconds / TASKS
+    return seconds / count
 
 
 def duration(seconds: float) -> str:

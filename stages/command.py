@@ -43,7 +43,7 @@ def device() -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"METALIB_DEVICE: {asked!r} cannot be used here ({reason}); use auto, cpu, cuda or mps") from None
-    if chosen.type == "cuda":
+    if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)  # streams and graphs are made on the current device
     return chosen
 

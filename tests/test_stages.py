@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from metalib import algorithms
-from stages import compare, evaluate, fetch, leaderboard, meta_train, preprocess, split
+from stages import command, compare, evaluate, fetch, leaderboard, meta_train, preprocess, split
 from tests.conftest import Edit, Stage, copy_project, shrink
 
 names = algorithms.names()
@@ -148,6 +149,16 @@ def test_an_unusable_device_is_refused(edit: Edit, stage: Stage, monkeypatch: py
     prepare(stage)
     monkeypatch.setenv("METALIB_DEVICE", "tpu")
     assert "METALIB_DEVICE: 'tpu' cannot be used here" in stage(meta_train.app, "maml", "5w1s", fails=True)
+
+
+@pytest.mark.parametrize(("asked", "current"), [("cuda", []), ("cuda:1", [1])])
+def test_a_gpu_that_is_named_becomes_the_current_one(asked: str, current: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen failing where `cuda`, which names none, went to set_device: it refuses a device without an index."""
+    made = list[int]()
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", made.append)
+    monkeypatch.setenv("METALIB_DEVICE", asked)
+    assert str(command.device()) == asked and made == current
 
 
 @pytest.mark.parametrize("module", ["fetch", "preprocess", "split", "meta_train", "evaluate", "compare", "leaderboard"])

@@ -17,6 +17,7 @@ from metalib.data import tasks
 from metalib.models.conv4 import Conv4
 from metalib.randomness import generator
 from metalib.types import MetaGradient, Params, TaskBatch
+from stages.command import tensor_float
 from tests import problems
 
 OUTER: dict[str, Any] = {"schedule": "cosine", "meta_steps": 6, "meta_batch": 2, "validate_every": 2}
@@ -229,6 +230,8 @@ def test_every_learner_is_recorded(
     name: str, downsample: Literal["stride", "maxpool"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32, as pipelines train; few steps, so that rounding stays small."""
+    tensor_float(False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     net = Conv4(way=3, image_size=16, filters=4, downsample=downsample)
     starts = [net.init(generator(seed, "initial weights", device="cuda")) for seed in (3, 4)]
     changes = {"learner": problems.build(name), "loss": net.loss, "params": starts}
@@ -256,13 +259,14 @@ def test_a_step_that_cannot_be_recorded_goes_on_kernel_by_kernel(monkeypatch: py
 
 @on_gpu
 def test_a_killed_training_goes_on_with_its_graph(tmp_path: Path) -> None:
-    changes = {"seeds": (3, 4), "device": "cuda", "dtype": torch.float64}
-    broken = run(OPTIMISERS["muon"], tmp_path / "run.pt", **changes)
-    for now in broken:
+    """Killed after step 5, with the graph in use; taken up at step 4, and recorded again at step 8."""
+    outer, checkpoint = OPTIMISERS["muon"] | {"meta_steps": 12}, tmp_path / "run.pt"
+    for now in run(outer, checkpoint, seeds=(3, 4), device="cuda", dtype=torch.float64):
         assert isinstance(now, training.Progress)
-        if now.step == 5:  # the graph is in use; the checkpoint is of step 4
+        if now.step == 5:
             break
-    alike(result(run(OPTIMISERS["muon"], tmp_path / "run.pt", **changes)), result(run(OPTIMISERS["muon"], **changes)), 1e-6)
+    taken_up = recorded(outer, checkpoint=checkpoint, dtype=torch.float64)
+    alike(taken_up, recorded(outer, dtype=torch.float64), 1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ divergence
