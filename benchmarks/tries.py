@@ -6,20 +6,43 @@ A try has the same CPU time as others (`seconds`; meta-steps follow from the mea
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, model_validator
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from benchmarks import rates, report
+from metalib import algorithms
 from metalib.training import Diverged, Result
 from stages import files, meta_train, params
-from stages.command import device, keep_heap, one_sentence
+from stages.command import device, keep_heap, one_sentence, tensor_float
 
 TASKS = {"5w1s": 600, "5w5s": 300, "20w1s": 200, "20w5s": 100}  # of validation
 HEAD = ["learner", "setting", "tried", "seeds", "CPU s", "meta-steps"]
 app = typer.Typer(add_completion=False)
+
+
+class Try(BaseModel):
+    """A line of a list of tries."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    learner: str
+    setting: Literal["5w1s", "5w5s", "20w1s", "20w5s"]
+    seconds: PositiveFloat | None = None  # of CPU time of each seed
+    share: PositiveFloat | None = None  # of quick's meta-steps
+    seeds: PositiveInt = 1
+    changes: dict[str, Any] = Field(default={}, alias="set")  # values other than quick's
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Try":
+        if (self.seconds is None) == (self.share is None):
+            raise ValueError("give either seconds or share")
+        algorithms.learner_class(self.learner)
+        return self
 
 
 @app.command()
@@ -30,13 +53,16 @@ def main(
     out: Annotated[Path, typer.Option()] = report.RESULTS / "tries.md",
 ) -> None:
     """Write a table of validation accuracies, in %, in the course of trainings."""
+    listed = read(tries)
     where = device()
     torch.set_num_threads(1)
     keep_heap()
-    head = report.header("Tried at equal time", "benchmarks.tries", where)
+    tensor_float(params.read().meta_train.tf32)
+    equal = "time" if listed[0].share is None else "meta-steps"
+    head = report.header(f"Tried at equal {equal}", "benchmarks.tries", where)
     columns = [*HEAD, *(f"{100 * i / validations:.0f} %" for i in range(1, validations)), "end"]
     rows = list[list[object]]()
-    for one in YAML(typ="safe").load(tries):
+    for one in listed:
         rows.append(attempt(one, validations, where))
         typer.echo(" ".join(map(str, rows[-1])))
         report.write(
@@ -48,15 +74,28 @@ def main(
         )
 
 
-def attempt(one: dict[str, Any], validations: int, where: torch.device) -> list[object]:
+def read(path: Path) -> list[Try]:
+    """ValueError says what is wrong in the list."""
+    try:
+        listed = TypeAdapter(list[Try]).validate_python(YAML(typ="safe").load(path))
+    except YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise ValueError(algorithms.describe(error, str(path))) from None
+    if len({one.share is None for one in listed}) != 1:
+        raise ValueError(f"{path}: at least one line is wanted, and either seconds or share in all of them")
+    return listed
+
+
+def attempt(one: Try, validations: int, where: torch.device) -> list[object]:
     """A row of the table."""
-    algorithm, setting, changes = one["learner"], one["setting"], one.get("set", {})
-    seeds = one.get("seeds", 1)
+    algorithm, setting, changes, seeds = one.learner, one.setting, one.changes, one.seeds
     made = cell(algorithm, setting, changes, seeds)
-    if "share" in one:
-        steps = one["share"] * made.outer.meta_steps
+    if one.share is not None:
+        steps = one.share * made.outer.meta_steps
     else:
-        steps = one["seconds"] * seeds / rates.seconds_per_step(made, algorithm, setting, where, time.process_time)
+        assert one.seconds is not None
+        steps = one.seconds * seeds / rates.seconds_per_step(made, algorithm, setting, where, time.process_time)
     every = max(1, round(steps / validations))
     made = cell(algorithm, setting, changes | {"outer.meta_steps": validations * every, "outer.validate_every": every}, seeds)
     start = time.process_time()
@@ -67,7 +106,7 @@ def attempt(one: dict[str, Any], validations: int, where: torch.device) -> list[
         found = [spread(row.validation) for row in result.history if row.validation]
     except Diverged:
         found = ["diverged", *[""] * (validations - 1)]
-    seconds = one.get("seconds") or f"{(time.process_time() - start) / seeds:.0f}"
+    seconds = f"{one.seconds or (time.process_time() - start) / seeds:.0f}"
     tried = ", ".join(f"{key}={value}" for key, value in changes.items()) or "quick"
     return [algorithm, setting, tried, seeds, seconds, validations * every, *found]
 
