@@ -30,13 +30,16 @@ def evaluate(
     characters: Tensor,
     tasks: Tasks,
     shot: int,
-    chunk: int = 16,
+    chunk: int | None = None,
     every_step: bool = True,
 ) -> Accuracy:
     """Adapt to every task and classify its queries. `chunk` tasks at a time; the result does not depend on it.
 
+    If it is not given: 16, on a GPU more, up to 4,096 images, because a few tasks do not fill it.
     Without `every_step` the accuracies are those after the last inner step alone, (1, tasks).
     """
+    if chunk is None:
+        chunk = max(16, 4096 // tasks.images[0].numel()) if characters.is_cuda else 16
     parts = [
         evaluate_batch(learner, network, params, gather(characters, Tasks(*some), shot), every_step)
         for some in zip(*(index.split(chunk) for index in tasks), strict=True)

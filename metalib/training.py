@@ -302,10 +302,11 @@ def _record(
     states = [generator.get_state() for generator in generators]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # newer versions of PyTorch register generators themselves
+            warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
-            for generator in generators:
-                graph.register_generator_state(generator)  # each launch draws on from where the last one left
+            if hasattr(graph, "register_generator_state"):  # newer versions of PyTorch register generators themselves
+                for generator in generators:
+                    graph.register_generator_state(generator)  # each launch draws on from where the last one left
         # the outer context makes the present stream current again, whatever a failing capture leaves
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=stream):
             step()  # is recorded, not run
@@ -313,7 +314,9 @@ def _record(
         torch.cuda.synchronize()
         graph.reset()
         for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+            fresh = torch.Generator(generator.device)  # a failed capture may leave the old state marked as of a graph
+            fresh.set_state(state)
+            generator.graphsafe_set_state(fresh)
         warnings.warn(f"no CUDA graph of the meta-step, which runs kernel by kernel: {error}", stacklevel=2)
         return None
     return graph.replay

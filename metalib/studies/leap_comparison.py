@@ -17,10 +17,9 @@ from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveI
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from metalib import algorithms, inner, tree
+from metalib import algorithms, inner, training, tree
 from metalib.data.omniglot import DRAWERS, Characters
 from metalib.models.conv4 import LAYERS, Conv4
-from metalib.training import Outer, make_optimisers, meta_step
 from metalib.types import MetaGradient, MetaLearner, Params, TaskBatch, TaskLoss, Watch
 
 METHODS = ("leap", "reptile", "fomaml", "maml", "finetune", "none")
@@ -273,19 +272,22 @@ def meta_train(
         return params
     if method == "finetune":
         return train_jointly(protocol, network, params, images, classes, generators, weights)
-    chosen, lr = learner(method, protocol), getattr(protocol.outer_lr, method)
-    outer = Outer(
-        optimiser="sgd", lr=lr, schedule="constant",
+    outer = training.Outer(
+        optimiser="sgd", lr=getattr(protocol.outer_lr, method), schedule="constant",
         meta_steps=protocol.meta_steps, meta_batch=protocol.meta_batch, validate_every=protocol.meta_steps,
     )  # fmt: skip
-    optimisers = make_optimisers(params, outer)
     steps = protocol.maml_steps if method == "maml" else protocol.inner_steps
-    one = torch.ones((), device=images.device)
-    for step in range(protocol.meta_steps):
-        batch, _ = meta_batch(images, classes, protocol, steps, generators)
-        query_loss = meta_step(chosen, network.loss, batch, params, optimisers, step / protocol.meta_steps * one, one)
-        _finite(query_loss, method, step)
-    return params
+    try:
+        *_, result = training.train(
+            learner(method, protocol), network.loss, starts,
+            lambda randoms, _: meta_batch(images, classes, protocol, steps, randoms)[0],
+            lambda _: 0.0,  # nothing is chosen by validation
+            outer, generators=generators,
+        )  # fmt: skip
+    except training.Diverged as error:
+        raise ValueError(f"{method}: {error}; lower inner_lr or its outer_lr") from None
+    assert isinstance(result, training.Result)
+    return {name: torch.stack([some[name] for some in result.params]) for name in params}
 
 
 def train_jointly(
@@ -324,7 +326,8 @@ def train_jointly(
         for place in order:
             task, at = first + place // protocol.inner_steps, place % protocol.inner_steps
             loss = joint_step(network.loss, body, own, which[task], x[task, at], y[task, at], protocol.inner_lr)
-        _finite(loss, "finetune", step)
+        if not loss.isfinite().all():
+            raise ValueError(f"finetune: the loss is no longer finite at meta-step {step + 1}; lower inner_lr")
     return body | {name: params[name] for name in own}
 
 
@@ -342,11 +345,6 @@ def joint_step(loss: TaskLoss, body: Params, heads: Params, which: Tensor, x: Te
     for name, value in heads.items():
         value[rows, which] -= lr * grads[name]
     return losses.detach()
-
-
-def _finite(losses: Tensor, method: str, step: int) -> None:
-    if not losses.isfinite().all():
-        raise ValueError(f"{method}: the loss is no longer finite at meta-step {step + 1}; lower inner_lr or its outer_lr")
 
 
 # ------------------------------------------------------------------------------------------------ learning curves
