@@ -317,7 +317,9 @@ def _record(
             fresh = torch.Generator(generator.device)  # a failed capture may leave the old state marked as of a graph
             fresh.set_state(state)
             generator.graphsafe_set_state(fresh)
-        warnings.warn(f"no CUDA graph of the meta-step, which runs kernel by kernel: {error}", stacklevel=2)
+        # leaving torch.cuda.graph after an error raises another one, which knows nothing but that there was one
+        reason = str(error.__context__ or error).partition("\n")[0]
+        warnings.warn(f"no CUDA graph of the meta-step, which runs kernel by kernel: {reason}", stacklevel=2)
         return None
     return graph.replay
 

@@ -319,7 +319,8 @@ def test_the_stage(edit: Edit, stage: Stage) -> None:
     assert len(Path("plots/studies/leap_comparison/held_out_images.csv").read_text().splitlines()) == 1 + 6 * 2 * 3
     assert 10_000 < Path("reports/studies/leap_comparison.png").stat().st_size < 200_000
     edit(studies__leap_comparison__quick__outer_lr__leap=1e38)
-    assert "leap: the query loss or the meta-gradient stopped being finite" in stage(stage_of_it.app, fails=True)
+    said = stage(stage_of_it.app, fails=True)
+    assert "leap, n = 1, seed 3, 5: the query loss or the meta-gradient stopped" in said
     edit(studies__leap_comparison__quick__test=20)
     assert "22 alphabets of at least 3 characters are wanted" in stage(stage_of_it.app, fails=True)
 

@@ -1,5 +1,6 @@
 """The outer loop: optimisers, schedules, checkpoints, divergence; and that a meta-step never waits for the host."""
 
+import contextlib
 import sys
 import warnings
 from collections.abc import Iterator
@@ -188,6 +189,32 @@ def test_a_fixed_head_is_adapted_but_not_meta_learned() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU
+
+
+def test_a_failed_recording_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: leaving `torch.cuda.graph` hides the step's error behind its own, as CUDA's does.
+
+    Seen failing with the error that arrives.
+    """
+
+    class Graph(contextlib.AbstractContextManager[None]):
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def reset(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def step() -> None:
+        raise RuntimeError("a look at a value\nCompile with ...")
+
+    for name in ("CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, Graph)
+    for name in ("synchronize", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    with pytest.warns(UserWarning, match="kernel by kernel: a look at a value$"):
+        assert training._record(step, [], None) is None  # type: ignore[arg-type]
+
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -9,6 +9,7 @@ R seeds are trained at once, as replicas (metalib/tree.py): meta-parameters (R, 
 """
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -270,14 +271,14 @@ def meta_train(
     params = {name: torch.stack([start[name] for start in starts]) for name in starts[0]}
     if method == "none":
         return params
-    if method == "finetune":
-        return train_jointly(protocol, network, params, images, classes, generators, weights)
-    outer = training.Outer(
-        optimiser="sgd", lr=getattr(protocol.outer_lr, method), schedule="constant",
-        meta_steps=protocol.meta_steps, meta_batch=protocol.meta_batch, validate_every=protocol.meta_steps,
-    )  # fmt: skip
-    steps = protocol.maml_steps if method == "maml" else protocol.inner_steps
     try:
+        if method == "finetune":
+            return train_jointly(protocol, network, params, images, classes, generators, weights)
+        outer = training.Outer(
+            optimiser="sgd", lr=getattr(protocol.outer_lr, method), schedule="constant",
+            meta_steps=protocol.meta_steps, meta_batch=protocol.meta_batch, validate_every=protocol.meta_steps,
+        )  # fmt: skip
+        steps = protocol.maml_steps if method == "maml" else protocol.inner_steps
         *_, result = training.train(
             learner(method, protocol), network.loss, starts,
             lambda randoms, _: meta_batch(images, classes, protocol, steps, randoms)[0],
@@ -285,7 +286,8 @@ def meta_train(
             outer, generators=generators,
         )  # fmt: skip
     except training.Diverged as error:
-        raise ValueError(f"{method}: {error}; lower inner_lr or its outer_lr") from None
+        seeds = ", ".join(str(protocol.seeds[replica]) for replica in error.replicas)
+        raise ValueError(f"{method}, n = {len(classes[0])}, seed {seeds}: {error}; lower inner_lr or its outer_lr") from None
     assert isinstance(result, training.Result)
     return {name: torch.stack([some[name] for some in result.params]) for name in params}
 
@@ -326,8 +328,9 @@ def train_jointly(
         for place in order:
             task, at = first + place // protocol.inner_steps, place % protocol.inner_steps
             loss = joint_step(network.loss, body, own, which[task], x[task, at], y[task, at], protocol.inner_lr)
-        if not loss.isfinite().all():
-            raise ValueError(f"finetune: the loss is no longer finite at meta-step {step + 1}; lower inner_lr")
+        lost = [replica for replica, value in enumerate(loss.tolist()) if not math.isfinite(value)]
+        if lost:
+            raise training.Diverged(f"the loss is no longer finite after meta-step {step + 1}", lost)
     return body | {name: params[name] for name in own}
 
 
