@@ -106,7 +106,7 @@ def attempt(one: Try, validations: int, where: torch.device) -> list[object]:
         found = [spread(row.validation) for row in result.history if row.validation]
     except Diverged:
         found = ["diverged", *[""] * (validations - 1)]
-    seconds = f"{one.seconds or (time.process_time() - start) / seeds:.0f}"
+    seconds = f"{one.seconds:g}" if one.seconds else f"{(time.process_time() - start) / seeds:.0f}"
     tried = ", ".join(f"{key}={value}" for key, value in changes.items()) or "quick"
     return [algorithm, setting, tried, seeds, seconds, validations * every, *found]
 

@@ -2,10 +2,9 @@
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from metalib.data import tasks
 from metalib.models.conv4 import Conv4
 from metalib.randomness import generator
 from metalib.types import MetaGradient, Params, TaskBatch
-from stages.command import tensor_float
 from tests import problems
 
 OUTER: dict[str, Any] = {"schedule": "cosine", "meta_steps": 6, "meta_batch": 2, "validate_every": 2}
@@ -188,7 +186,7 @@ def test_a_fixed_head_is_adapted_but_not_meta_learned() -> None:
         assert torch.equal(value, first[name]) == name.startswith("head."), name
 
 
-# ------------------------------------------------------------------------------------------------ on a GPU
+# ------------------------------------------------------------------------------------------------ recording
 
 
 def test_a_failed_recording_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,86 +212,6 @@ def test_a_failed_recording_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     with pytest.warns(UserWarning, match="kernel by kernel: a look at a value$"):
         assert training._record(step, [], None) is None  # type: ignore[arg-type]
-
-
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-def recorded(outer: dict[str, Any], **changes: Any) -> training.Result:
-    """A training whose meta-step must be recorded."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="no CUDA graph")
-        return result(run(outer, seeds=(3, 4), device="cuda", **changes))
-
-
-def one_by_one(outer: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **changes: Any) -> training.Result:
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "captured", lambda step, generators: step)
-        return result(run(outer, seeds=(3, 4), device="cuda", **changes))
-
-
-def alike(first: training.Result, second: training.Result, rtol: float) -> None:
-    for one, other in zip(first.params, second.params, strict=True):
-        torch.testing.assert_close(one, other, rtol=rtol, atol=rtol)
-    for one, other in zip(first.history, second.history, strict=True):
-        assert one.query_loss == pytest.approx(other.query_loss, rel=10 * rtol)
-
-
-@on_gpu
-@every_optimiser
-@pytest.mark.parametrize("chunk", [None, 1])
-def test_a_graph_of_the_step_trains_as_its_kernels_one_by_one(
-    optimiser: str, chunk: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In float64: weights and query losses with and without the CUDA graph."""
-    outer, changes = OPTIMISERS[optimiser], {"dtype": torch.float64, "chunk": chunk}
-    alike(recorded(outer, **changes), one_by_one(outer, monkeypatch, **changes), 1e-6)
-
-
-@on_gpu
-@pytest.mark.parametrize("downsample", ["stride", "maxpool"])
-@pytest.mark.parametrize("name", algorithms.names())
-def test_every_learner_is_recorded(
-    name: str, downsample: Literal["stride", "maxpool"], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In float32, as pipelines train; few steps, so that rounding stays small."""
-    tensor_float(False)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    net = Conv4(way=3, image_size=16, filters=4, downsample=downsample)
-    starts = [net.init(generator(seed, "initial weights", device="cuda")) for seed in (3, 4)]
-    changes = {"learner": problems.build(name), "loss": net.loss, "params": starts}
-    alike(recorded(OPTIMISERS["sgd"], **changes), one_by_one(OPTIMISERS["sgd"], monkeypatch, **changes), 1e-3)
-
-
-@on_gpu
-def test_a_step_that_cannot_be_recorded_goes_on_kernel_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It looks at a value on the host. Tasks drawn after the failed recording are those that would have been drawn."""
-
-    class Curious:
-        def __init__(self) -> None:
-            self.maml = algorithms.build("maml", {"inner_lr": 0.4, "inner_steps": 1})
-            self.init = self.maml.init
-
-        def meta_gradient(self, *arguments: Any) -> MetaGradient:
-            found = self.maml.meta_gradient(*arguments)
-            found.query_loss.sum().item()
-            return found
-
-    with pytest.warns(UserWarning, match="no CUDA graph of the meta-step"):
-        curious = result(run(OPTIMISERS["adam"], seeds=(3, 4), device="cuda", dtype=torch.float64, learner=Curious()))
-    alike(curious, one_by_one(OPTIMISERS["adam"], monkeypatch, dtype=torch.float64), 1e-6)
-
-
-@on_gpu
-def test_a_killed_training_goes_on_with_its_graph(tmp_path: Path) -> None:
-    """Killed after step 5, with the graph in use; taken up at step 4, and recorded again at step 8."""
-    outer, checkpoint = OPTIMISERS["muon"] | {"meta_steps": 12}, tmp_path / "run.pt"
-    for now in run(outer, checkpoint, seeds=(3, 4), device="cuda", dtype=torch.float64):
-        assert isinstance(now, training.Progress)
-        if now.step == 5:
-            break
-    taken_up = recorded(outer, checkpoint=checkpoint, dtype=torch.float64)
-    alike(taken_up, recorded(outer, dtype=torch.float64), 1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ divergence
