@@ -48,7 +48,8 @@ def test_the_whole_road(edit: Edit, stage: Stage) -> None:
             assert [row["step"] for row in csv.DictReader(history)] == ["2", "4"]
     stage(compare.app, "5w1s")
     report = Path("reports/5w1s.md").read_text()
-    assert "glyphs" in report and "budget quick" in report and all(f"| {name} |" in report for name in names)
+    assert "glyphs" in report and "budget quick" in report and "| 4 x 2 |" in report
+    assert all(f"| {name} |" in report for name in names)
     assert Path("reports/5w1s.png").stat().st_size > 10_000
     stage(leaderboard.app)
     board = Path("reports/leaderboard.md").read_text()
