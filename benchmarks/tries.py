@@ -50,7 +50,7 @@ class Try(BaseModel):
 def main(
     tries: Annotated[Path, typer.Argument(help="what to try", exists=True, dir_okay=False)] = Path("benchmarks/tries.yaml"),
     validations: Annotated[int, typer.Option(min=1, help="in a training, evenly spaced; the last one at its end")] = 4,
-    out: Annotated[Path, typer.Option()] = report.RESULTS / "tries.md",
+    out: Annotated[Path | None, typer.Option(help="default: benchmarks/results/<name of the list>.md")] = None,
 ) -> None:
     """Write a table of validation accuracies, in %, in the course of trainings."""
     listed = read(tries)
@@ -66,7 +66,7 @@ def main(
         rows.append(attempt(one, validations, where))
         typer.echo(" ".join(map(str, rows[-1])))
         report.write(
-            out,
+            out or report.RESULTS / f"{tries.stem}.md",
             head,
             "Validation accuracy in %, mean of the seeds (and from lowest to highest), after shares of a training. "
             "`quick`: the values of params.yaml. CPU s: of a seed; with its validations, where meta-steps were given.",

@@ -126,8 +126,8 @@ def report(title: str, setting: str, line: str, metrics: dict[str, dict[str, Any
         tables.markdown(header, rows),
         "Transductive: batch norm over the whole query set, as the published numbers of the slides' table are. Inductive: "
         "batch norm with the support set's statistics.",
-        "Learners need not have trained equally long: the last column. What a meta-step of each takes, and how soon each is at "
-        "90, 95 and 97 % in 5-way 1-shot, is in the [benchmarks](../benchmarks/README.md).",
+        "Learners need not have trained equally long: the last column. Who is ahead after the same time, and what a meta-step "
+        "of each takes, is in the [benchmarks](../benchmarks/README.md).",
     ]
     if pairs:
         ranked = sorted(metrics, key=lambda name: -metrics[name]["accuracy"])

@@ -8,10 +8,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import convolutions, peers, speed, work
+from benchmarks import convolutions, peers, speed, tries, work
 from metalib import algorithms
 
 CPU = torch.device("cpu")
+LISTS = sorted(Path(tries.__file__).parent.glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +70,10 @@ def test_arithmetic_by_hand() -> None:
 def test_all_roads_of_a_convolution_lead_to_one_product(size: int, channels: int) -> None:
     """Seen failing with the kernels of the groups in reverse order."""
     convolutions.agree(convolutions.roads(2, 3, size, channels, CPU))
+
+
+@pytest.mark.parametrize("path", LISTS, ids=[path.name for path in LISTS])
+def test_what_was_tried_can_be_tried_again(path: Path) -> None:
+    """Every line is a learner, a setting and keys of params.yaml. Seen failing with `inner_lrr`, and with setting 5w2s."""
+    for one in tries.read(path):
+        tries.cell(one.learner, one.setting, one.changes, one.seeds)
