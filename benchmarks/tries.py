@@ -1,4 +1,4 @@
-"""What was tried to learn more in the same time, and what each gave on the validation tasks: a list as tries.yaml, a run a line.
+"""What was tried to learn more in the same time, and what each gave on the validation tasks: a list of them, a run a line.
 
 A try has the same CPU time as others (`seconds`; meta-steps follow from the measured cost of one), or the same meta-steps
 (`share` of those of budget quick). Test tasks are not touched.
