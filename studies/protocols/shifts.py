@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metalib.evaluation import interval
-from metalib.studies.protocols import Ranking, ranking, shift
+from metalib.comparison import Ranking, interval, ranking, shift
 from studies.protocols.choices import choices
 from studies.protocols.schema import Protocols
 
