@@ -23,10 +23,10 @@ def draw(asked: Comparison, areas: list[Row], training_batches: list[Row], held_
     most = asked.alphabets[-1]
     for method, look in palette.style(METHODS).items():
         bare = look | {"marker": ""}
-        losses = [smooth(column(training_batches, method, most, name), asked.window) for name in ("loss", "loss_std")]
-        band(above, torch.arange(len(losses[0])) + (asked.window - 1) / 2, *losses, bare)
-        errors = [100 * column(held_out_images, method, most, name) for name in ("error", "error_std")]
-        band(below, asked.measure_every * torch.arange(len(errors[0])), *errors, bare)
+        mean, spread = (smooth(column(training_batches, method, most, n), asked.window) for n in ("loss", "loss_std"))
+        band(above, torch.arange(len(mean)) + (asked.window - 1) / 2, mean, spread, bare)
+        mean, spread = (100 * column(held_out_images, method, most, n) for n in ("error", "error_std"))
+        band(below, asked.measure_every * torch.arange(len(mean)), mean, spread, bare)
         for axis, key, unit in ((above_right, "auc_loss", 1), (below_right, "auc_held_out_error", 100)):
             mean, spread = unit * torch.tensor([over_seeds(areas, method, n, key) for n in asked.alphabets]).T
             band(axis, torch.tensor(asked.alphabets), mean, spread, look | {"label": TITLES[method]})

@@ -32,7 +32,7 @@ def initial(network: Conv4, generator: torch.Generator) -> Params:
 
 def learner(method: str, asked: Comparison) -> MetaLearner:
     """Leap, Reptile, FOMAML or MAML; every inner step has a batch of its own."""
-    own = {"leap": dataclasses.asdict(asked.leap), "reptile": {"inner_optimiser": "sgd", "moments": "reset"}}
+    own = {"leap": dataclasses.asdict(asked.leap), "reptile": {"inner_optimiser": "sgd"}}
     common = {"inner_lr": asked.inner_lr, "inner_steps": training_steps(method, asked), "inner_batch": asked.inner_batch}
     return algorithms.build(method, common | own.get(method, {}))
 
