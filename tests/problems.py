@@ -1,5 +1,7 @@
 """Tasks with known answers, and slow references to compare with."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from ruamel.yaml import YAML
@@ -72,6 +74,27 @@ def losses_and_gradients(loss: object, phi: Params, x: Tensor, y: Tensor) -> tup
     return value.detach(), dict(zip(leaves, torch.autograd.grad(value.sum(), list(leaves.values())), strict=True))
 
 
+def peak_saved(run: Callable[[], object]) -> int:
+    """The most bytes that autograd keeps for backward passes at any moment of run()."""
+    live = peak = 0
+
+    class Kept:
+        def __init__(self, value: Tensor) -> None:
+            nonlocal live, peak
+            self.value = value.detach()
+            live += value.nbytes
+            peak = max(peak, live)
+
+        def __del__(self) -> None:
+            nonlocal live
+            live -= self.value.nbytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.value):
+        run()
+    assert live == 0  # nothing outlives the call
+    return peak
+
+
 def image_batch(tasks: int, way: int, shot: int, query: int, dtype: torch.dtype = torch.float64, size: int = 28) -> TaskBatch:
     """Random drawings: about a tenth of the pixels is ink."""
     random = torch.Generator().manual_seed(1)
@@ -135,9 +158,12 @@ def hyper(name: str) -> dict[str, object]:
 
 ADAM = {"inner_optimiser": "adam", "inner_lr": 0.01}
 VARIANTS: dict[str, dict[str, object]] = {  # roads through a learner that params.yaml does not take at its quick budget
+    "maml:batches": {"inner_steps": 3, "inner_batch": 4},  # of six images: the second step goes round
+    "maml:recompute": {"inner_steps": 3, "inner_batch": 4, "recompute": True},
+    "fomaml:batches": {"inner_steps": 3, "inner_batch": 4},
     "reptile:adam": ADAM,
     "reptile:carried": ADAM | {"moments": "carried"},
-    "reptile:batches": {"inner_batch": 4},  # of six images: the third step goes round
+    "reptile:batches": {"inner_batch": 4},
     "leap:batches": {"inner_batch": 4},
     "leap:energy": {"norm": False},
     "leap:weights": {"loss": False},
