@@ -1,5 +1,6 @@
 """What all studies share: the page from its template, and the files each one leaves behind."""
 
+import math
 import platform
 import subprocess
 import time
@@ -29,6 +30,31 @@ def render(name: str, **values: Any) -> str:
     Templates may also call `table(header, rows)`. A name that was not given is an error.
     """
     return PAGES.get_template(f"{name}/page.md").render(values)
+
+
+def spread(values: Sequence[float], gap: float, log: bool = False) -> list[float]:
+    """Where to write labels for these values so that neighbours are at least `gap` apart, a factor on a log axis.
+
+    The labels keep the order of their values, and a crowded group stays centred on its values.
+    """
+    places = [math.log(value) for value in values] if log else list(values)
+    gap = math.log(gap) if log else gap
+    groups: list[list[int]] = []  # indices from the lowest value up; each group is a run of touching labels
+    for index in sorted(range(len(places)), key=places.__getitem__):
+        groups.append([index])
+        while len(groups) > 1 and _bottom(groups[-1], places, gap) < _bottom(groups[-2], places, gap) + gap * len(groups[-2]):
+            crowded = groups.pop()
+            groups[-1] += crowded
+    found = [0.0] * len(places)
+    for group in groups:
+        for position, index in enumerate(group):
+            found[index] = _bottom(group, places, gap) + gap * position
+    return [math.exp(place) for place in found] if log else found
+
+
+def _bottom(group: list[int], places: list[float], gap: float) -> float:
+    """Where the lowest label of a group goes."""
+    return sum(places[index] for index in group) / len(group) - gap * (len(group) - 1) / 2
 
 
 def write(
