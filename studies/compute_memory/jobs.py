@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from metalib import algorithms, meters
-from metalib.models import native
+from metalib.models import loss
 from metalib.models.conv4 import Conv4
-from metalib.models.loss import Conv4Loss
 from metalib.randomness import generator
 from metalib.types import TaskBatch
 from stages.command import prepared
@@ -74,23 +73,16 @@ def methods(values: Values) -> dict[str, Method]:
     }
 
 
-def engines(network: Conv4, device: torch.device) -> list[str]:
-    """The engines that serve the network on the device."""
-    weights = network.init(torch.Generator(device))
-    size = network.image_size
-    served = native.serves(network, weights, torch.zeros(1, 1, 1, size, size, device=device))
-    return ["wide", "native"] if served else ["wide"]
-
-
 def points(values: Values, network: dict[str, Any], task: Sequence[torch.Tensor], device: torch.device) -> Iterator[Point]:
-    """Every method with every number of steps on every engine; yields each point when it is measured.
+    """Every method with every number of steps, on every engine that serves; yields each point when it is measured.
 
     Args:
         network: of Conv4, with way and image_size.   task: support x, y, query x, y, each (1, ...).
     Raises: ValueError when a process runs out of memory.
     """
     arrays = [part.numpy() for part in task]
-    for engine in engines(Conv4(**network), device):
+    engines = ["wide", "native"] if loss.engine(Conv4(**network), device) == "native" else ["wide"]
+    for engine in engines:
         for name, method in methods(values).items():
             for steps in sorted(method.steps):
                 job = Job(
@@ -118,13 +110,13 @@ def measure(job: Job) -> meters.Cost:
     torch.set_num_threads(job.threads)
     device = prepared()
     network = Conv4(**job.network)
-    loss = Conv4Loss(network)
+    objective = loss.Conv4Loss(network)
     batch = TaskBatch(*(torch.from_numpy(part).to(device) for part in job.task))
     weights = network.init(generator(job.seed, "initial weights", device=device))
     small = TaskBatch(*(part[:, :2] for part in batch[:4]))
-    algorithms.build(job.learner, job.hyper | {"inner_steps": 1}).meta_gradient(loss, weights, small)
+    algorithms.build(job.learner, job.hyper | {"inner_steps": 1}).meta_gradient(objective, weights, small)
     learner = algorithms.build(job.learner, job.hyper)
-    return meters.measure(lambda: learner.meta_gradient(loss, weights, batch), device, job.repeats)
+    return meters.measure(lambda: learner.meta_gradient(objective, weights, batch), device, job.repeats)
 
 
 def slope(points: Sequence[Point], engine: str, method: str) -> float:

@@ -22,7 +22,7 @@ ALPHAS: list[dict[str, Any]] = [  # measured values, the smallest alpha first; l
 
 
 def draw(rows: Sequence[Row], curves: Sequence[Measured]) -> Figure:
-    """Coefficients: the colour is the learner. Combinations: the colour is the number of gradients, the line how they add up."""
+    """Coefficients: a colour is a learner. Combinations: a colour is a number of gradients, a line style how they add up."""
     figure = Figure(figsize=(13, 5), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.5))
     ks = sorted({row.k for row in rows})
