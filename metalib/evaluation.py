@@ -8,7 +8,9 @@ from scipy import stats
 from torch import Tensor
 
 from metalib.data.tasks import Tasks, gather
+from metalib.models import wide
 from metalib.models.conv4 import Conv4
+from metalib.models.loss import Conv4Loss
 from metalib.types import MetaLearner, Params, TaskBatch
 
 
@@ -56,13 +58,13 @@ def evaluate_batch(learner: MetaLearner, network: Conv4, params: Params, batch: 
     @torch.no_grad()
     def watch(weights: Params) -> None:
         for scores, logits in (
-            (transductive, network.apply(weights, batch.query_x)),
-            (inductive, network.apply(weights, together, support)[:, support:]),
+            (transductive, wide.logits(network, weights, batch.query_x)),
+            (inductive, wide.logits(network, weights, together, support)[:, support:]),
         ):
             scores.append((logits.argmax(-1) == batch.query_y).float().mean(1))
 
     # Adaptation sees the support set alone, normalised by its own statistics: the same under both protocols.
-    adapted = learner.adapt(network.loss, params, batch.support_x, batch.support_y, watch if every_step else None)
+    adapted = learner.adapt(Conv4Loss(network), params, batch.support_x, batch.support_y, watch if every_step else None)
     if not every_step:
         watch(adapted)
     return Accuracy(torch.stack(transductive), torch.stack(inductive))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalib import algorithms
+from metalib.models.loss import Conv4Loss
 from metalib.types import MetaLearner, Params
 from tests import problems
 
@@ -89,20 +90,20 @@ def test_batched_network_equals_a_loop_over_tasks() -> None:
     """
     net, params = problems.network()
     batch = problems.image_batch(tasks=2, way=5, shot=1, query=2)
-    grads, query_loss = anil(3).meta_gradient(net.loss, params, batch)
+    grads, query_loss = anil(3).meta_gradient(Conv4Loss(net), params, batch)
     expected = {name: torch.zeros_like(value) for name, value in params.items()}
     for t in range(2):
         theta = {name: value.detach().requires_grad_() for name, value in params.items()}
         phi = dict(theta)
         for _ in range(3):
-            loss = F.cross_entropy(net.plain(phi, batch.support_x[t]), batch.support_y[t])
+            loss = F.cross_entropy(net.forward(phi, batch.support_x[t]), batch.support_y[t])
             for name, g in zip(
                 ("head.weight", "head.bias"),
                 torch.autograd.grad(loss, [phi["head.weight"], phi["head.bias"]], create_graph=True),
                 strict=True,
             ):
                 phi[name] = phi[name] - 0.4 * g
-        loss = F.cross_entropy(net.plain(phi, batch.query_x[t]), batch.query_y[t])
+        loss = F.cross_entropy(net.forward(phi, batch.query_x[t]), batch.query_y[t])
         assert float(query_loss[t]) == pytest.approx(float(loss.detach()), rel=1e-11)
         for name, g in zip(expected, torch.autograd.grad(loss, list(theta.values())), strict=True):
             expected[name] += g / 2

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from metalib import evaluation, tree
 from metalib.models import wide
-from metalib.models.conv4 import LAYERS, Conv4
+from metalib.models.conv4 import EPS, LAYERS, Conv4
+from metalib.models.loss import Conv4Loss
 from metalib.types import Params
 from tests import problems
 
@@ -29,7 +30,7 @@ def inductive(net: Conv4, params: Params, support: Tensor, queries: Tensor) -> T
         maps = [F.conv2d(x, kernel, stride=2 if net.downsample == "stride" else 1, padding=1) for x in maps]
         mean, var = maps[0].mean((0, 2, 3), keepdim=True), maps[0].var((0, 2, 3), correction=0, keepdim=True)
         gamma, beta = (params[f"norm{layer}.{name}"].view(1, -1, 1, 1) for name in ("weight", "bias"))
-        maps = [F.relu(gamma * (x - mean) / (var + wide.EPS).sqrt() + beta) for x in maps]
+        maps = [F.relu(gamma * (x - mean) / (var + EPS).sqrt() + beta) for x in maps]
         if net.downsample == "maxpool":
             maps = [F.max_pool2d(x, 2) for x in maps]
     x = torch.cat(maps[1:])
@@ -41,7 +42,7 @@ def per_task(net: Conv4, statistics_from: int | None) -> Callable[[Params, Tenso
     def logits(params: Params, x: Tensor) -> Tensor:
         tasks = [{name: value[t] for name, value in params.items()} for t in range(len(x))]
         if statistics_from is None:
-            return torch.stack([net.plain(p, x[t]) for t, p in enumerate(tasks)])
+            return torch.stack([net.forward(p, x[t]) for t, p in enumerate(tasks)])
         support, queries = x[:, :statistics_from], x[:, statistics_from:]
         return torch.stack([inductive(net, p, support[t], queries[t]) for t, p in enumerate(tasks)])
 
@@ -76,7 +77,7 @@ def test_value_gradient_and_hessian_vector_product(
     weights = tree.detach(weights_of(params, 3))
     direction = problems.directions(weights, 1)[0]
     found = []
-    for logits_of in (lambda p, x: net.apply(p, x, statistics_from)[:, skip:], per_task(net, statistics_from)):
+    for logits_of in (lambda p, x: wide.logits(net, p, x, statistics_from)[:, skip:], per_task(net, statistics_from)):
         logits = logits_of(weights, x)
         loss = F.cross_entropy(logits.flatten(0, 1), y[:, skip:].flatten())
         grads = tree.grad(loss, weights, create_graph=True)
@@ -110,7 +111,7 @@ def test_third_derivatives_are_refused(layer: str, monkeypatch: pytest.MonkeyPat
     weights = tree.detach(tree.tile(params, 2))
     batch = problems.image_batch(tasks=2, way=5, shot=1, query=1)
     kernel = weights["conv1.weight" if layer == "first" else "norm4.weight"]
-    loss = net.loss(weights, batch.query_x, batch.query_y).sum()
+    loss = Conv4Loss(net)(weights, batch.query_x, batch.query_y).sum()
     (first,) = torch.autograd.grad(loss, kernel, create_graph=True)
     with pytest.raises(RuntimeError, match="no third derivatives"):
         torch.autograd.grad(first.square().sum(), kernel, create_graph=True)
@@ -121,18 +122,18 @@ def test_inductive_predictions_do_not_depend_on_other_queries() -> None:
     batch = problems.image_batch(tasks=2, way=5, shot=1, query=2)
     together = torch.cat([batch.support_x, batch.query_x], 1)
     weights = tree.tile(params, 2)
-    all_at_once = net.apply(weights, together, 5)[:, 5:]
+    all_at_once = wide.logits(net, weights, together, 5)[:, 5:]
     for q in range(10):
-        alone = net.apply(weights, torch.cat([batch.support_x, batch.query_x[:, q : q + 1]], 1), 5)[:, 5:]
+        alone = wide.logits(net, weights, torch.cat([batch.support_x, batch.query_x[:, q : q + 1]], 1), 5)[:, 5:]
         torch.testing.assert_close(alone[:, 0], all_at_once[:, q], rtol=1e-10, atol=1e-12)
 
 
 def test_inductive_loss_of_support_alone_and_of_both() -> None:
     net, params = problems.network()
     batch = problems.image_batch(tasks=2, way=5, shot=1, query=2)
-    loss, weights = net.inductive_loss(5), tree.tile(params, 2)
+    loss, weights = Conv4Loss(net, support=5), tree.tile(params, 2)
     torch.testing.assert_close(
-        loss(weights, batch.support_x, batch.support_y), net.loss(weights, batch.support_x, batch.support_y)
+        loss(weights, batch.support_x, batch.support_y), Conv4Loss(net)(weights, batch.support_x, batch.support_y)
     )
     both = loss(weights, torch.cat([batch.support_x, batch.query_x], 1), torch.cat([batch.support_y, batch.query_y], 1))
     slow = [F.cross_entropy(inductive(net, params, batch.support_x[t], batch.query_x[t]), batch.query_y[t]) for t in (0, 1)]
@@ -152,12 +153,12 @@ def test_evaluation_of_both_protocols_against_a_slow_reference() -> None:
     for t in range(4):
         phi = {name: value.detach().requires_grad_() for name, value in params.items()}
         for k in range(4):
-            transductive = net.plain(phi, batch.query_x[t])
+            transductive = net.forward(phi, batch.query_x[t])
             alone = inductive(net, phi, batch.support_x[t], batch.query_x[t])
             for mine, logits in ((found.transductive, transductive), (found.inductive, alone)):
                 right = sum(int(a == b) for a, b in zip(logits.argmax(1), batch.query_y[t], strict=True))
                 assert float(mine[k, t]) == pytest.approx(right / 15)
-            loss = F.cross_entropy(net.plain(phi, batch.support_x[t]), batch.support_y[t])
+            loss = F.cross_entropy(net.forward(phi, batch.support_x[t]), batch.support_y[t])
             grads = torch.autograd.grad(loss, list(phi.values()))
             phi = {k: (v - 0.4 * g).detach().requires_grad_() for (k, v), g in zip(phi.items(), grads, strict=True)}
 

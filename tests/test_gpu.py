@@ -9,6 +9,7 @@ import torch
 
 from metalib import algorithms, training
 from metalib.models.conv4 import Conv4
+from metalib.models.loss import Conv4Loss
 from metalib.randomness import generator
 from metalib.types import MetaGradient
 from stages.command import tensor_float
@@ -58,7 +59,7 @@ def test_every_learner_is_recorded(
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     net = Conv4(way=3, image_size=16, filters=4, downsample=downsample)
     starts = [net.init(generator(seed, "initial weights", device="cuda")) for seed in (3, 4)]
-    changes = {"learner": problems.build(name), "loss": net.loss, "params": starts}
+    changes = {"learner": problems.build(name), "loss": Conv4Loss(net), "params": starts}
     alike(recorded(OPTIMISERS["sgd"], **changes), one_by_one(OPTIMISERS["sgd"], monkeypatch, **changes), 1e-3)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metalib import algorithms, tree
+from metalib.models.loss import Conv4Loss
 from metalib.types import MetaLearner, Params, TaskBatch
 from tests import problems
 
@@ -284,7 +285,7 @@ def test_memory_is_flat_in_inner_steps() -> None:
 
     def peak(name: str, hyper: dict[str, object], steps: int) -> int:
         learner = algorithms.build(name, hyper | {"inner_steps": steps})
-        return peak_saved(lambda: learner.meta_gradient(net.loss, params, tasks))
+        return peak_saved(lambda: learner.meta_gradient(Conv4Loss(net), params, tasks))
 
     for hyper in ({}, {"solver": "neumann"}, {"inner_optimiser": "nesterov"}, {"proximal": "last"}):
         assert peak("imaml", DESCENT | hyper, 2) == peak("imaml", DESCENT | hyper, 8)
@@ -323,7 +324,7 @@ def test_proximal_objective_never_rises(loss: str) -> None:
     else:
         net, params = problems.network(filters=4, image_size=16)
         tasks = problems.image_batch(tasks=2, way=5, shot=1, query=1, size=16)
-        f = net.loss
+        f = Conv4Loss(net)
     values: list[Tensor] = []
 
     def watch(phi: Params) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from metalib import algorithms
+from metalib.models.loss import Conv4Loss
 from metalib.types import TaskBatch
 from tests import problems
 
@@ -66,7 +67,7 @@ def test_recomputed_gradient_is_the_same(steps: int) -> None:
     batch = problems.image_batch(tasks=2, way=3, shot=1, query=2)
     found, expected = (
         algorithms.build("maml", {"inner_lr": 0.4, "inner_steps": steps, "recompute": again}).meta_gradient(
-            net.loss, params, batch
+            Conv4Loss(net), params, batch
         )
         for again in (True, False)
     )
@@ -109,16 +110,16 @@ def test_batched_network_equals_a_loop_over_tasks(name: str, choices: dict[str, 
     """
     net, params = problems.network(**choices)
     batch = problems.image_batch(tasks=3, way=5, shot=1, query=2)
-    grads, query_loss = algorithms.build(name, {"inner_lr": 0.4, "inner_steps": 2}).meta_gradient(net.loss, params, batch)
+    grads, query_loss = algorithms.build(name, {"inner_lr": 0.4, "inner_steps": 2}).meta_gradient(Conv4Loss(net), params, batch)
     expected = {key: torch.zeros_like(value) for key, value in params.items()}
     for t in range(3):
         theta = {key: value.detach().requires_grad_() for key, value in params.items()}
         phi = theta
         for _ in range(2):
-            loss = F.cross_entropy(net.plain(phi, batch.support_x[t]), batch.support_y[t])
+            loss = F.cross_entropy(net.forward(phi, batch.support_x[t]), batch.support_y[t])
             steps = torch.autograd.grad(loss, list(phi.values()), create_graph=name == "maml")
             phi = {key: value - 0.4 * g for (key, value), g in zip(phi.items(), steps, strict=True)}
-        loss = F.cross_entropy(net.plain(phi, batch.query_x[t]), batch.query_y[t])
+        loss = F.cross_entropy(net.forward(phi, batch.query_x[t]), batch.query_y[t])
         assert float(query_loss[t]) == pytest.approx(float(loss.detach()), rel=1e-11)
         for key, g in zip(expected, torch.autograd.grad(loss, list(theta.values())), strict=True):
             expected[key] += g / 3

@@ -12,6 +12,7 @@ from torch import Tensor
 from metalib import algorithms, tree
 from metalib.models import native
 from metalib.models.conv4 import Conv4
+from metalib.models.loss import Conv4Loss
 from metalib.types import Params
 from tests import problems
 from tests.test_conv4 import different
@@ -44,7 +45,7 @@ def images(net: Conv4, count: int, tasks: int = 3, dtype: torch.dtype = torch.fl
 
 def derivatives(net: Conv4, weights: Params, x: Tensor, y: Tensor, support: int | None = None) -> list[Tensor]:
     """Losses, their gradients times `gout`, and the derivative of <gradients, direction> by the weights and by `gout`."""
-    loss = net.loss if support is None else net.inductive_loss(support)
+    loss = Conv4Loss(net) if support is None else Conv4Loss(net, support=support)
     weights = tree.detach(weights)
     gout = torch.tensor([1.0, -2.0, 0.5][: len(x)], dtype=x.dtype, requires_grad=True)
     losses = loss(weights, x, y)
@@ -106,7 +107,7 @@ def test_meta_gradients_are_the_same(engine: Engine, name: str, steps: int, feat
     found = []
     for choice in ("native", "wide"):
         engine(choice)
-        grads, losses = learner.meta_gradient(net.loss, params, batch)
+        grads, losses = learner.meta_gradient(Conv4Loss(net), params, batch)
         found.append([losses, *grads.values()])
     assert_close(*found, tolerance=1e-9)
 
@@ -123,7 +124,7 @@ def test_every_learner_has_the_same_meta_gradient(engine: Engine, case: str) -> 
     found = []
     for choice in ("native", "wide"):
         engine(choice)
-        grads, losses = learner.meta_gradient(net.loss, learner.init(params), batch)
+        grads, losses = learner.meta_gradient(Conv4Loss(net), learner.init(params), batch)
         found.append([losses, *grads.values()])
     assert_close(*found, tolerance=1e-7)
 
@@ -171,7 +172,7 @@ def test_only_what_is_asked_for(engine: Engine) -> None:
         for asked in (list(weights), some):
             mixed = {k: v.detach().requires_grad_(k in asked) for k, v in weights.items()}
             at = [mixed[k] for k in some]
-            grads = torch.autograd.grad(net.loss(mixed, x, y).sum(), at, create_graph=True)
+            grads = torch.autograd.grad(Conv4Loss(net)(mixed, x, y).sum(), at, create_graph=True)
             found.append([g.detach() for g in (*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), at))])
         assert_close(*found, tolerance=1e-12)
 
@@ -182,7 +183,7 @@ def test_backward_twice(engine: Engine) -> None:
     net, params = problems.network()
     x, y = images(net, 5)
     weights = tree.detach(different(params, 3))
-    loss = net.loss(weights, x, y).mean()
+    loss = Conv4Loss(net)(weights, x, y).mean()
     first = [g.clone() for g in torch.autograd.grad(loss, list(weights.values()), retain_graph=True)]
     assert_close(list(torch.autograd.grad(loss, list(weights.values()))), first, 1e-12)
 
@@ -199,7 +200,7 @@ def test_a_diverged_task_leaves_its_neighbours_alone(engine: Engine) -> None:
         broken[name][1, 0] = wrong
         for a, b in zip(derivatives(net, broken, x, y), healthy, strict=True):
             assert torch.equal(a[0], b[0]) and torch.equal(a[2], b[2])
-        assert not torch.isfinite(net.loss(broken, x, y)[1])
+        assert not torch.isfinite(Conv4Loss(net)(broken, x, y)[1])
 
 
 def test_the_same_bits_whatever_the_threads(engine: Engine) -> None:
@@ -214,7 +215,7 @@ def test_the_same_bits_whatever_the_threads(engine: Engine) -> None:
         found.append(derivatives(net, weights, x, y))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-    alone = net.loss({k: v[1:2] for k, v in weights.items()}, x[1:2], y[1:2])
+    alone = Conv4Loss(net)({k: v[1:2] for k, v in weights.items()}, x[1:2], y[1:2])
     assert torch.equal(alone, found[0][0][1:2])
 
 
@@ -223,7 +224,7 @@ def test_third_derivatives_are_refused(engine: Engine) -> None:
     net, params = problems.network()
     x, y = images(net, 5)
     kernel = (weights := tree.detach(tree.tile(params, 3)))["conv2.weight"]
-    (first,) = torch.autograd.grad(net.loss(weights, x, y).sum(), kernel, create_graph=True)
+    (first,) = torch.autograd.grad(Conv4Loss(net)(weights, x, y).sum(), kernel, create_graph=True)
     with pytest.raises(RuntimeError, match="no third derivatives"):
         torch.autograd.grad(first.square().sum(), kernel, create_graph=True)
 
@@ -245,15 +246,15 @@ def test_without_a_compiler_one_line_says_so_and_wide_serves(
     net, params = problems.network()
     x, y = images(net, 5)
     engine("auto")
-    losses = [net.loss(tree.tile(params, 3), x, y) for _ in range(2)]
+    losses = [Conv4Loss(net)(tree.tile(params, 3), x, y) for _ in range(2)]
     assert capsys.readouterr().err == (
         "metalib: the faster CPU engine cannot be built (no C++ compiler); PyTorch's operators serve\n"
     )
     engine("wide")
-    assert torch.equal(losses[1], net.loss(tree.tile(params, 3), x, y))
+    assert torch.equal(losses[1], Conv4Loss(net)(tree.tile(params, 3), x, y))
     engine("native")
     with pytest.raises(ValueError, match="native does not cover a machine on which it cannot be built"):
-        net.loss(tree.tile(params, 3), x, y)
+        Conv4Loss(net)(tree.tile(params, 3), x, y)
 
 
 def test_a_failed_build_leaves_nothing_behind(
@@ -301,13 +302,13 @@ def test_what_native_does_not_cover(engine: Engine, choices: dict[str, object], 
     net, params = problems.network(**choices)  # type: ignore[arg-type]
     x, y = images(net, 5)
     engine("auto")
-    assert torch.isfinite(net.loss(tree.tile(params, 3), x, y)).all()
+    assert torch.isfinite(Conv4Loss(net)(tree.tile(params, 3), x, y)).all()
     engine("native")
     with pytest.raises(ValueError, match=f"METALIB_ENGINE: native does not cover {words}; use auto or wide"):
-        net.loss(tree.tile(params, 3), x, y)
+        Conv4Loss(net)(tree.tile(params, 3), x, y)
     engine("fast")
     with pytest.raises(ValueError, match="METALIB_ENGINE: 'fast' is not one of auto, native, wide"):
-        net.loss(tree.tile(params, 3), x, y)
+        Conv4Loss(net)(tree.tile(params, 3), x, y)
 
 
 def test_what_does_not_fit_together_is_refused(engine: Engine) -> None:
@@ -316,6 +317,6 @@ def test_what_does_not_fit_together_is_refused(engine: Engine) -> None:
     net, params = problems.network()
     weights, (x, y) = tree.tile(params, 3), images(net, 5)
     with pytest.raises(ValueError, match=r"labels must be \(3, 5\) int64 in \[0, 5\)"):
-        net.loss(weights, x, y + 1)
+        Conv4Loss(net)(weights, x, y + 1)
     with pytest.raises(ValueError, match=r"head.weight: shape \(3, 5, 64\), not \(3, 5, 256\)"):
-        net.loss(weights | {"head.weight": weights["head.weight"][..., :64]}, x, y)
+        Conv4Loss(net)(weights | {"head.weight": weights["head.weight"][..., :64]}, x, y)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from metalib import algorithms, training
 from metalib.data import tasks
 from metalib.models.conv4 import Conv4
+from metalib.models.loss import Conv4Loss
 from metalib.randomness import generator
 from metalib.types import MetaGradient, Params, TaskBatch
 from tests import problems
@@ -50,7 +51,7 @@ def run(
 
     arguments = {
         "learner": algorithms.build("maml", {"inner_lr": 0.4, "inner_steps": 1}),
-        "loss": net.loss,
+        "loss": Conv4Loss(net),
         "params": [{k: v.to(device, dtype) for k, v in net.init(generator(seed, "initial weights")).items()} for seed in seeds],
         "sample": sample,
         "score": lambda params: float(params["head.bias"][0].sigmoid()),
@@ -169,10 +170,10 @@ def test_a_replica_that_diverges_does_not_touch_the_other(optimiser: str) -> Non
         begin = {name: value.clone() for name, value in params.items()}
         optimisers = training.make_optimisers(params, training.Outer(**OUTER, **OPTIMISERS[optimiser]))
         arguments = (params, optimisers, torch.zeros(()), torch.ones(()))
-        losses = training.meta_step(learner, net.loss, first, *arguments)
+        losses = training.meta_step(learner, Conv4Loss(net), first, *arguments)
         assert losses.isfinite().tolist() == [True, first is clean]
         assert all(torch.equal(params[name][1], value[1]) == (first is poisoned) for name, value in begin.items())
-        assert training.meta_step(learner, net.loss, clean, *arguments).isfinite().all()
+        assert training.meta_step(learner, Conv4Loss(net), clean, *arguments).isfinite().all()
         ends.append(params)
     for name, value in ends[0].items():
         assert torch.equal(value[0], ends[1][name][0]) and ends[1][name][1].isfinite().all()
@@ -346,7 +347,7 @@ def whole_meta_step(
         batch = tasks.gather(images, drawn, 1)
         return tasks.with_support(batch) if statistics == "inductive" else batch
 
-    loss = net.loss if statistics == "transductive" else net.inductive_loss(5)
+    loss = Conv4Loss(net) if statistics == "transductive" else Conv4Loss(net, support=5)
     with OnlyMeta():
         for _ in range(2):  # the first builds the optimisers' state
             progress = torch.full((), 0.5, device="meta")

@@ -1,1 +1,1 @@
-"""Networks as functions of their weights."""
+"""Conv4 as a function of its weights: conv4 (the network), wide and native (two engines), loss (chooses between them)."""

@@ -1,9 +1,7 @@
-"""The loss of Conv4 by compiled code on the CPU: native.cpp, built on first use, as a twice differentiable function.
+"""Conv4's loss for many tasks at once by compiled code on the CPU: native.cpp, built on first use.
 
-Algorithms call it like any other loss; its gradient is a Function and the gradient's derivative is a Hessian-vector
-product. Between calls it keeps no activations, so memory does not grow with what an inner step computes.
-
-METALIB_ENGINE chooses: auto (native where it can serve, else wide), native or wide. The test is `serves`.
+It is twice differentiable: its gradient is a Function, and the gradient's derivative a Hessian-vector product. Between calls
+it keeps no activations, so memory does not grow with what an inner step computes. `lacks` says what it does not cover.
 """
 
 import ctypes
@@ -16,16 +14,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from metalib.models.conv4 import Conv4
 from metalib.types import Params
-
-if TYPE_CHECKING:
-    from metalib.models.conv4 import Conv4
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = [
@@ -37,26 +33,16 @@ NAMES = [*(f"{part}{n}.{kind}" for n in (1, 2, 3, 4) for part, kind in (
     ("conv", "weight"), ("norm", "weight"), ("norm", "bias"))), "head.weight", "head.bias"]  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ choice and build
+# ------------------------------------------------------------------------------------------------ reach and build
 
 
-def serves(net: "Conv4", params: Params, x: Tensor) -> bool:
-    """Whether the compiled code is to compute this loss."""
-    engine = os.environ.get("METALIB_ENGINE", "auto")
-    if engine not in ("auto", "native", "wide"):
-        raise ValueError(f"METALIB_ENGINE: {engine!r} is not one of auto, native, wide")
-    if engine == "wide":
-        return False
-    lacks = _not_covered(net, params, x)
-    if lacks is None and library() is None:
-        lacks = "a machine on which it cannot be built"
-    if lacks and engine == "native":
-        raise ValueError(f"METALIB_ENGINE: native does not cover {lacks}; use auto or wide")
-    return lacks is None
+def serves(net: Conv4, params: Params, x: Tensor) -> bool:
+    """Whether the compiled code can compute this loss."""
+    return lacks(net, params, x) is None
 
 
-def _not_covered(net: "Conv4", params: Params, x: Tensor) -> str | None:
-    """What stands in the way, in words."""
+def lacks(net: Conv4, params: Params, x: Tensor) -> str | None:
+    """What of this loss the compiled code does not cover, in words; None where it covers everything."""
     if net.downsample != "stride":
         return f"downsample {net.downsample}"
     if net.filters != 64:
@@ -70,7 +56,7 @@ def _not_covered(net: "Conv4", params: Params, x: Tensor) -> str | None:
         return "devices other than the CPU"
     if x.dtype not in (torch.float32, torch.float64) or any(p.dtype != x.dtype for p in tensors):
         return f"numbers of type {', '.join(sorted({str(p.dtype) for p in tensors}))}"
-    return None
+    return "a machine on which it cannot be built" if library() is None else None
 
 
 @functools.cache
@@ -136,7 +122,7 @@ class Problem(ctypes.Structure):
 class Images:
     """What of a loss is not differentiated: images, labels, and which of the images lend statistics or count."""
 
-    def __init__(self, net: "Conv4", x: Tensor, y: Tensor, support: int | None):
+    def __init__(self, net: Conv4, x: Tensor, y: Tensor, support: int | None):
         self.x, self.y = x.detach().contiguous(), y.contiguous()
         self.mean = net.features == "mean"
         self.known = min(support or x.shape[1], x.shape[1])
@@ -185,7 +171,7 @@ def _by_task(value: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ functions
 
 
-def loss(net: "Conv4", params: Params, x: Tensor, y: Tensor, support: int | None = None) -> Tensor:
+def loss(net: Conv4, params: Params, x: Tensor, y: Tensor, support: int | None = None) -> Tensor:
     """Mean cross-entropy of each task, (T,). Weights (T, *shape), x (T, B, 1, H, W), y (T, B).
 
     Batch norm's statistics come from the first `support` images, which then do not count unless they are all there are;
@@ -195,7 +181,7 @@ def loss(net: "Conv4", params: Params, x: Tensor, y: Tensor, support: int | None
     return Loss.apply(Images(net, x, y, support), torch.is_grad_enabled(), *(params[name] for name in NAMES))
 
 
-def _check(net: "Conv4", params: Params, x: Tensor, y: Tensor) -> None:
+def _check(net: Conv4, params: Params, x: Tensor, y: Tensor) -> None:
     """PyTorch's operators notice what does not fit together; compiled code would read past the end."""
     kernel, channels = (net.filters, 3, 3), (net.filters,)
     features = net.filters * (net.last_size**2 if net.features == "flatten" else 1)

@@ -1,4 +1,6 @@
-"""Convolution, batch norm and ReLU for T tasks at once, each with its own weights, twice differentiable and fast.
+"""Conv4 for T tasks at once, each with its own weights, in PyTorch's operators: twice differentiable, fast, on any device.
+
+`body` and `head` are the network; below them are the functions they are made of.
 
 Layout. Activations are "wide": (B, H, W, T * C), the tasks as groups of channels, so that one grouped convolution serves
 all tasks, or one bmm over the same memory. Kernels are (T, C_out, 3, 3, C_in). Convolutions have 3 x 3 taps and padding 1.
@@ -6,7 +8,7 @@ all tasks, or one bmm over the same memory. Kernels are (T, C_out, 3, 3, C_in). 
 Why hand-written. Second-order meta-learning differentiates a backward pass, and PyTorch's own second derivative of a
 convolution is slow; of batch norm it is a long chain of small operations. Here each is an autograd Function whose backward
 is made of Functions again, so a double backward runs the same fast kernels. Third derivatives are refused, not wrong.
-The tests compare all of it with `conv4.plain`, value, gradient and Hessian-vector product, in float64.
+The tests compare all of it with `Conv4.forward`, value, gradient and Hessian-vector product, in float64.
 """
 
 from typing import Any
@@ -16,7 +18,51 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-EPS = 1e-5  # of batch norm, PyTorch's default
+from metalib.models.conv4 import EPS, LAYERS, Conv4
+from metalib.types import Params
+
+# ------------------------------------------------------------------------------------------------ network
+
+
+def logits(net: Conv4, params: Params, x: Tensor, statistics_from: int | None = None) -> Tensor:
+    """Logits (T, B, way) of images (T, B, 1, H, W) under weights (T, *shape); see `body` and `head`."""
+    return head(params, body(net, params, x, statistics_from))
+
+
+def body(net: Conv4, params: Params, x: Tensor, statistics_from: int | None = None) -> Tensor:
+    """Features (T, B, F) of images (T, B, 1, H, W) under weights (T, *shape).
+
+    Batch norm's statistics come from the first `statistics_from` images of each task, or from all of them (None).
+    """
+    tasks, images = x.shape[:2]
+    known = min(images, statistics_from or images)
+    stride = 2 if net.downsample == "stride" else 1
+    y = first_layer(
+        x, params["conv1.weight"], params["norm1.weight"], params["norm1.bias"], stride, known
+    )  # (B, H, W, T * filters), as all the following
+    y = _pool(net, y)
+    for layer in range(2, LAYERS + 1):
+        gamma, beta = params[f"norm{layer}.weight"], params[f"norm{layer}.bias"]
+        y = Conv.apply(y, params[f"conv{layer}.weight"], stride)
+        _, h, w, channels = y.shape
+        rows = NormReLU.apply(y.reshape(-1, channels), gamma.flatten(), beta.flatten(), known * h * w)
+        y = _pool(net, rows.view(y.shape))
+    maps = y.unflatten(3, (tasks, net.filters))  # (B, H, W, T, filters)
+    if net.features == "mean":
+        return maps.mean((1, 2)).transpose(0, 1)
+    return maps.permute(3, 0, 1, 2, 4).reshape(tasks, images, -1)
+
+
+def head(params: Params, features: Tensor) -> Tensor:
+    """Logits (T, B, way) of features (T, B, F); fewer heads than tasks, (R, way, F), serve T / R tasks in a row each."""
+    heads = len(params["head.weight"])
+    rows = features.reshape(heads, -1, features.shape[-1])
+    scores = torch.baddbmm(params["head.bias"].unsqueeze(1), rows, params["head.weight"].mT)
+    return scores.view(*features.shape[:2], -1)
+
+
+def _pool(net: Conv4, y: Tensor) -> Tensor:
+    return F.max_pool2d(y.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1) if net.downsample == "maxpool" else y
 
 
 # ------------------------------------------------------------------------------------------------ convolution
