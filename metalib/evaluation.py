@@ -1,10 +1,8 @@
 """Few-shot accuracy: task by task, after every number of inner steps, under both protocols."""
 
-import itertools
 from typing import NamedTuple
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from metalib.data.tasks import Tasks, gather
@@ -68,40 +66,3 @@ def evaluate_batch(learner: MetaLearner, network: Conv4, params: Params, batch: 
     if not every_step:
         watch(adapted)
     return Accuracy(torch.stack(transductive), torch.stack(inductive))
-
-
-def interval(accuracies: Tensor) -> tuple[float, float]:
-    """Mean over tasks and the half width of its 95 % interval, 1.96 s / sqrt(n), from accuracies (tasks,)."""
-    values = accuracies.double()
-    return float(values.mean()), float(1.96 * values.std() / len(values) ** 0.5)
-
-
-class Difference(NamedTuple):
-    """How much more accurate `first` is than `second` on the same tasks, in [-1, 1]."""
-
-    first: str
-    second: str
-    mean: float
-    ci95: float  # half width
-    p: float  # of a paired t-test, Holm-corrected for the number of pairs
-
-
-def differences(accuracies: dict[str, Tensor]) -> list[Difference]:
-    """Every pair of learners, the better one first, from accuracies (tasks,) on the same tasks in the same order.
-
-    The interval and the p-value are over the draw of test tasks: they hold for these trained weights, not for other seeds.
-    p-values are multiplied step by step (Holm, Scand. J. Statist. 1979), so that the chance of any false claim is at most
-    the level it is read at.
-    """
-    pairs = []
-    for a, b in itertools.combinations(accuracies, 2):
-        gap = (accuracies[a] - accuracies[b]).double()
-        first, second, gap = (a, b, gap) if gap.mean() >= 0 else (b, a, -gap)
-        mean, half = interval(gap)
-        p = float(stats.ttest_1samp(gap.numpy(), 0).pvalue) if gap.std() > 0 else float(mean == 0)
-        pairs.append(Difference(first, second, mean, half, p))
-    running, corrected = 0.0, {}
-    for rank, pair in enumerate(sorted(pairs, key=lambda pair: pair.p)):
-        running = max(running, min(1.0, (len(pairs) - rank) * pair.p))
-        corrected[pair.first, pair.second] = running
-    return [pair._replace(p=corrected[pair.first, pair.second]) for pair in pairs]

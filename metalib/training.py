@@ -1,17 +1,18 @@
-"""The outer loop, the same for every learner: sample, meta-gradient, optimiser step; validation and checkpoints."""
+"""The outer loop, the same for every learner: sample, meta-gradient, optimiser step, validation. Read `train` first."""
 
-import os
-import warnings
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from metalib import tree
+from metalib.checkpoint import Checkpoint
+from metalib.cuda_graph import captured
 from metalib.types import MetaGradient, MetaLearner, Params, TaskBatch, TaskLoss
 
 
@@ -25,9 +26,9 @@ class Outer:
     kernel_decay: float | None = Field(default=None, ge=0, lt=1)  # Muon's weight decay
     schedule: Literal["constant", "linear", "cosine"]  # of every rate, from its value towards 0 after the last meta-step
     fixed_head: bool = False  # the head is adapted, but not meta-learned: with head_init zero, it starts a task at zero
-    meta_steps: PositiveInt
+    meta_steps: NonNegativeInt  # 0: nothing is learned, and the initial weights are validated once
     meta_batch: PositiveInt  # tasks in a meta-step
-    validate_every: PositiveInt  # meta-steps between validations
+    validations: PositiveInt  # in all, evenly spaced, the last one at the end
 
     @model_validator(mode="after")
     def _muon_has_its_own(self) -> "Outer":
@@ -36,6 +37,11 @@ class Outer:
         ):
             raise ValueError("kernel_lr and kernel_decay go with optimiser muon, which needs both")
         return self
+
+    @property
+    def validate_every(self) -> int:
+        """Meta-steps from one validation to the next; the last one is at the end, whether or not it is due."""
+        return max(1, math.ceil(self.meta_steps / self.validations))
 
 
 class Progress(NamedTuple):
@@ -82,7 +88,8 @@ def meta_step(
     loss or gradient is not finite keeps its weights, and NaN is returned for it. `factor`, 0-dim, shortens the step: those of
     all our optimisers are proportional to their rates, so this is the schedule, and it stays on the device.
     """
-    grads, query_loss = meta_gradient(learner, loss, params, batch, progress, chunk)
+    grads, query_losses = meta_gradient(learner, loss, params, batch, progress, chunk)
+    query_loss = query_losses.view(_replicas(params), -1).mean(1)
     finite = query_loss.isfinite()
     for value in grads.values():
         finite = finite & value.reshape(len(value), -1).isfinite().all(1)
@@ -103,11 +110,11 @@ def meta_step(
 def meta_gradient(
     learner: MetaLearner, loss: TaskLoss, params: Params, batch: TaskBatch, progress: Tensor, chunk: int | None = None
 ) -> MetaGradient:
-    """The learner's meta-gradient for R replicas, params (R, *shape), and their mean query losses, (R,).
+    """The learner's meta-gradient for R replicas, params (R, *shape), with the query loss of each task of the batch, (T,).
 
     `chunk` tasks of each replica at a time, where all of them do not fit into memory: the mean over parts is the mean over all.
     """
-    count = len(next(iter(params.values())))
+    count = _replicas(params)
     each = len(batch.support_x) // count
     total, losses = dict[str, Tensor](), list[Tensor]()
     with tree.replicas(count):
@@ -117,7 +124,7 @@ def meta_gradient(
             losses.append(query_loss.view(count, -1))
             grads = tree.scale(losses[-1].shape[1] / each, grads)
             total = tree.axpy(1.0, grads, total) if total else grads
-    return MetaGradient(total, torch.cat(losses, 1).mean(1))
+    return MetaGradient(total, torch.cat(losses, 1).flatten())
 
 
 def _part(batch: TaskBatch, count: int, first: int, size: int) -> TaskBatch:
@@ -138,10 +145,9 @@ def make_optimisers(params: Params, outer: Outer) -> list[torch.optim.Optimizer]
     2022, https://arxiv.org/abs/2106.15367, "zeroing trick": labels are random, so what it could learn is noise).
     """
     device = next(iter(params.values())).device
-    kernels = [
-        name for name, value in params.items() if outer.optimiser == "muon" and name.startswith("conv") and value.shape[-1] > 1
-    ]
-    others = [name for name in params if name not in kernels and not (outer.fixed_head and name.startswith("head."))]
+    kernels = [name for name, value in tree.part(params, "conv").items() if outer.optimiser == "muon" and value.shape[-1] > 1]
+    learned = tree.without(params, "head.") if outer.fixed_head else params
+    others = [name for name in learned if name not in kernels]
     if outer.optimiser == "sgd":
         return [torch.optim.SGD([_group(params, others)], lr=outer.lr)]
     # capturable: Adam's step counter lives on the device; torch refuses it where there are no graphs to capture
@@ -169,6 +175,62 @@ def rate(schedule: str, progress: Tensor) -> Tensor:
     return 1 - progress if schedule == "linear" else (1 + torch.cos(torch.pi * progress)) / 2
 
 
+class Best:
+    """Each replica's meta-parameters with the best validation score so far; before there is one, the initial ones."""
+
+    def __init__(self, params: Params):
+        count = _replicas(params)
+        self.params = {name: value.clone() for name, value in params.items()}  # (R, *shape)
+        self.step = [0] * count
+        self.score = [-math.inf] * count  # so that any real number is better
+
+    def update(self, params: Params, step: int, scores: list[float]) -> None:
+        """Keep the params (R, *shape) of this step for the replicas whose score is at least as good as their best one."""
+        for replica, score in enumerate(scores):
+            if score >= self.score[replica]:
+                self.step[replica], self.score[replica] = step, score
+                for name, value in params.items():
+                    self.params[name][replica] = value[replica]
+
+
+class State:
+    """Everything that changes while R replicas are trained, and so what a checkpoint holds."""
+
+    def __init__(self, params: Params, outer: Outer, generators: list[torch.Generator]):
+        self.params = params  # (R, *shape), changed in place
+        self.optimisers = make_optimisers(params, outer)
+        self.generators = generators
+        self.best = Best(params)
+        self.history = list[Progress]()
+
+    @property
+    def step(self) -> int:
+        """Meta-steps done when the last report was made."""
+        return self.history[-1].step if self.history else 0
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        checkpoint.save(
+            step=self.step, best_step=self.best.step, best_score=self.best.score, best=self.best.params, params=self.params,
+            optimisers=[o.state_dict() for o in self.optimisers], generators=[g.get_state() for g in self.generators],
+            history=[tuple(row) for row in self.history],
+        )  # fmt: skip
+
+    def load(self, checkpoint: Checkpoint) -> bool:
+        """Go back to what the checkpoint holds; False when there is none."""
+        saved = checkpoint.load(next(iter(self.params.values())).device)
+        if saved is None:
+            return False
+        self.best.step, self.best.score, self.best.params = saved["best_step"], saved["best_score"], saved["best"]
+        self.history = [Progress(*row) for row in saved["history"]]
+        for name, value in self.params.items():
+            value.copy_(saved["params"][name])
+        for optimiser, kept in zip(self.optimisers, saved["optimisers"], strict=True):
+            optimiser.load_state_dict(kept)
+        for generator, kept in zip(self.generators, saved["generators"], strict=True):
+            generator.set_state(kept.cpu())
+        return True
+
+
 def train(
     learner: MetaLearner,
     loss: TaskLoss,
@@ -182,151 +244,75 @@ def train(
     chunk: int | None = None,
     report_every: int = 50,
 ) -> Iterator[Progress | Result]:
-    """Meta-train R replicas at once, each from its own initial weights; yields Progress now and then, and a Result at the end.
+    """Meta-train R replicas at once, each from its own initial weights; yields Progress now and then, and at the end a Result.
 
     A replica ends where it would have ended alone, to rounding. Together they fill a GPU that one cannot fill.
 
     Args:
         loss: what the learner minimises.
         params: each replica's initial weights of the network, (*shape), on the device to train on.
-        sample: (generators, tasks) -> a batch of so many tasks drawn from each generator, one replica's after the other's.
-        score: meta-parameters of one replica -> accuracy on the validation tasks; the best validated ones are kept.
-        generators: of each replica's tasks; with the initial weights it determines the result.
+        sample: (generators, n) -> a batch of n tasks drawn from each generator, the first replica's tasks first.
+        score: meta-parameters of one replica -> how well they do on validation tasks, any real number, higher is better;
+            those with the best score are the result.
+        generators: one for each replica's tasks; with the initial weights it determines the result.
         checkpoint: a file that is written at every validation, taken up if it is there, and removed at the end. A training
-            that is killed and taken up ends as it would have, to the bit on the CPU.
-        chunk: tasks of a meta-batch at a time, where all of them do not fit into memory.
-    Raises: Diverged when a query loss or meta-gradient stops being finite.
+            that is killed and taken up ends as it would have, on the CPU to the bit.
+        chunk: how many of each replica's tasks to compute at a time, where a whole meta-batch does not fit into memory.
+        report_every: meta-steps between reports; every validation is reported, too.
+    Raises: Diverged when a query loss or meta-gradient is no longer finite.
     """
     starts = [learner.init(p) for p in params]
     values = {name: torch.stack([start[name].detach() for start in starts]) for name in starts[0]}
-    device, count = next(iter(values.values())).device, len(starts)
-    optimisers = make_optimisers(values, outer)
-    start, history = 0, list[Progress]()
-    best, best_step, best_score = {name: value.clone() for name, value in values.items()}, [0] * count, [-1.0] * count
-
-    if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        start, best_step, best_score = state["step"], state["best_step"], state["best_score"]
-        history = [Progress(*row) for row in state["history"]]
-        best = state["best"]
-        for name, value in values.items():
-            value.copy_(state["params"][name])
-        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
-        for generator, kept in zip(generators, state["generators"], strict=True):
-            generator.set_state(kept.cpu())
-        yield history[-1]
-
-    steps_done = torch.full((), float(start), device=device)
-    losses = torch.zeros(count, device=device)
+    state, kept = State(values, outer, generators), Checkpoint(checkpoint)
+    if state.load(kept):
+        yield state.history[-1]
+    device = next(iter(values.values())).device
+    steps_done = torch.full((), float(state.step), device=device)
+    losses = torch.zeros(len(starts), device=device)  # summed over the meta-steps since the last report
 
     def step() -> None:
         progress = steps_done / outer.meta_steps
         batch = sample(generators, outer.meta_batch)
-        losses.add_(meta_step(learner, loss, batch, values, optimisers, progress, rate(outer.schedule, progress), chunk))
+        factor = rate(outer.schedule, progress)
+        losses.add_(meta_step(learner, loss, batch, values, state.optimisers, progress, factor, chunk))
         steps_done.add_(1)
 
+    def report(done: int, query_loss: list[float], validate: bool) -> Progress:
+        scores = [score(_replica(values, r)) for r in range(len(starts))] if validate else None
+        state.history.append(Progress(done, query_loss, scores))
+        if scores is not None:
+            state.best.update(values, done, scores)
+        return state.history[-1]
+
+    if outer.meta_steps == 0:  # nothing is learned: the initial weights are the result
+        yield report(0, [math.nan] * len(starts), validate=True)
     if device.type == "cuda":
         step = captured(step, generators)
-    since = start
-    for done in range(start + 1, outer.meta_steps + 1):
+    for done in range(state.step + 1, outer.meta_steps + 1):
         step()
         validate = done % outer.validate_every == 0 or done == outer.meta_steps
-        if not validate and done % report_every:
-            continue
-        query_loss = (losses / (done - since)).tolist()
-        lost = [replica for replica, value in enumerate(query_loss) if value != value]
-        if lost:
-            raise Diverged(
-                f"the query loss or the meta-gradient stopped being finite between meta-steps {since} and {done}", lost
-            )
-        accuracies = [score(_replica(values, r)) for r in range(count)] if validate else None
-        history.append(Progress(done, query_loss, accuracies))
-        for r, accuracy in enumerate(accuracies or []):
-            if accuracy >= best_score[r]:
-                best_step[r], best_score[r] = done, accuracy
-                for name, value in values.items():
-                    best[name][r] = value[r]
-        losses.zero_()
-        since = done
-        if validate and checkpoint is not None:
-            _save(
-                checkpoint,
-                step=done, best_step=best_step, best_score=best_score, best=best, params=values,
-                optimisers=[o.state_dict() for o in optimisers], generators=[g.get_state() for g in generators],
-                history=[tuple(row) for row in history],
-            )  # fmt: skip
-        yield history[-1]
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
-    yield Result([_replica(best, r) for r in range(count)], best_step, best_score, history)
+        if validate or done % report_every == 0:
+            query_loss = (losses / (done - state.step)).tolist()
+            refuse_divergence(query_loss, state.step, done)
+            losses.zero_()
+            now = report(done, query_loss, validate)
+            if validate:
+                state.save(kept)
+            yield now
+    kept.remove()
+    yield Result([_replica(state.best.params, r) for r in range(len(starts))], state.best.step, state.best.score, state.history)
+
+
+def refuse_divergence(query_loss: list[float], since: int, done: int) -> None:
+    """Diverged when a replica's mean query loss is NaN, which meta_step returns where something was not finite."""
+    lost = [replica for replica, value in enumerate(query_loss) if math.isnan(value)]
+    if lost:
+        raise Diverged(f"the query loss or the meta-gradient stopped being finite between meta-steps {since} and {done}", lost)
+
+
+def _replicas(values: Params) -> int:
+    return len(next(iter(values.values())))
 
 
 def _replica(values: Params, r: int) -> Params:
     return {name: value[r] for name, value in values.items()}
-
-
-def captured(step: Callable[[], None], generators: list[torch.Generator], plain_calls: int = 3) -> Callable[[], None]:
-    """`step` as a CUDA graph: recorded once, then launched as a whole, because its kernels are shorter than their launches.
-
-    The first calls are plain ones, on a stream of their own, as recording wants it (pytorch.org/docs, "CUDA semantics"); they
-    make the optimisers' state and choose the convolutions' algorithms. Where a step cannot be recorded, a warning says why, and
-    plain calls go on.
-    """
-    stream, calls = torch.cuda.Stream(), 0
-    replay: Callable[[], None] | None = None
-
-    def plain() -> None:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*capturable=True")  # Adam's, of steps outside of a graph
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-
-    def call() -> None:
-        nonlocal calls, replay
-        calls += 1
-        if calls <= plain_calls:
-            return plain()
-        if replay is None:
-            replay = _record(step, generators, stream) or plain
-        replay()
-
-    return call
-
-
-def _record(
-    step: Callable[[], None], generators: list[torch.Generator], stream: torch.cuda.Stream
-) -> Callable[[], None] | None:
-    graph = torch.cuda.CUDAGraph()
-    states = [generator.get_state() for generator in generators]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            if hasattr(graph, "register_generator_state"):  # newer versions of PyTorch register generators themselves
-                for generator in generators:
-                    graph.register_generator_state(generator)  # each launch draws on from where the last one left
-        # the outer context makes the present stream current again, whatever a failing capture leaves
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=stream):
-            step()  # is recorded, not run
-    except RuntimeError as error:
-        torch.cuda.synchronize()
-        graph.reset()
-        for generator, state in zip(generators, states, strict=True):
-            fresh = torch.Generator(generator.device)  # a failed capture may leave the old state marked as of a graph
-            fresh.set_state(state)
-            generator.graphsafe_set_state(fresh)
-        # leaving torch.cuda.graph after an error raises another one, which knows nothing but that there was one
-        reason = str(error.__context__ or error).partition("\n")[0]
-        warnings.warn(f"no CUDA graph of the meta-step, which runs kernel by kernel: {reason}", stacklevel=2)
-        return None
-    return graph.replay
-
-
-def _save(checkpoint: Path, **state: Any) -> None:
-    """Whole or not at all."""
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    beside = checkpoint.with_suffix(".part")
-    torch.save(state, beside)
-    os.replace(beside, checkpoint)

@@ -45,6 +45,16 @@ def detach(params: Params) -> Params:
     return {name: value.detach().requires_grad_() for name, value in params.items()}
 
 
+def part(params: Params, *prefixes: str) -> Params:
+    """Those whose names begin with one of the prefixes."""
+    return {name: value for name, value in params.items() if name.startswith(prefixes)}
+
+
+def without(params: Params, *prefixes: str) -> Params:
+    """Those whose names begin with none of the prefixes."""
+    return {name: value for name, value in params.items() if not name.startswith(prefixes)}
+
+
 def map_with(f: Callable[..., Tensor], *params: Params) -> Params:
     """f applied name by name."""
     return {name: f(*(p[name] for p in params)) for name in params[0]}

@@ -61,7 +61,7 @@ class MetaGradient(NamedTuple):
     """What an algorithm returns: a gradient for the outer optimiser, never a step."""
 
     grads: Params  # names and shapes of the meta-parameters
-    query_loss: Tensor  # (T,), after adaptation, detached; from training.meta_gradient the mean of each replica's, (R,)
+    query_loss: Tensor  # (T,), each task's after adaptation, detached
 
 
 class MetaLearner(Protocol):

@@ -11,9 +11,10 @@ app = typer.Typer(add_completion=False)
 @app.command()
 @one_sentence
 def main() -> None:
-    """Write data/cells: <setting>/<algorithm>.json, what a training reads; <setting>.json, the number of test tasks; protocols.json.
+    """Write data/cells: <setting>/<algorithm>.json, the values of a training; <setting>.json, the number of test tasks.
 
     Trainings depend on these files and not on params.yaml, so that a changed value reruns the cells it reaches and no others.
+    The study `protocols` has the values of its learners in protocols.json, for the same reason.
     """
     file = params.read()
     study = file.studies["protocols"]

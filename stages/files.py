@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
+from metalib.complaints import describe
 from metalib.data.omniglot import Characters
 from metalib.data.tasks import Protocol, Tasks
 from stages.params import Cell
@@ -147,7 +148,9 @@ def _cell(values: Any) -> Cell:
     try:
         return Cell.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{CELLS} holds a cell of another version ({error.errors()[0]['loc']}); run: dvc repro cells") from None
+        raise ValueError(
+            f"a file of {CELLS} does not fit this code ({describe(error, 'cell')}); run: dvc repro cells"
+        ) from None
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """params.yaml, read in one place and checked once; an unknown key is refused, by name."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -150,7 +151,7 @@ def setting(file: File, name: str) -> Setting:
         raise ValueError(f"setting: {name!r} is not of the form 5w1s (5 classes, 1 support image of each)") from None
     if found.shot + found.query > DRAWERS:
         raise ValueError(
-            f"tasks.query: {found.query} queries and {shot} support images of a class in {name}, but each class has only {DRAWERS}"
+            f"tasks.query: {found.query} queries and {shot} support images of a class in {name}, but each has only {DRAWERS}"
         )
     return found
 
@@ -162,9 +163,7 @@ def counts(file: File, setting_name: str, budget: Budgets | None = None) -> Coun
     return checked(Counts, section.get("common", {}) | section.get(f"s{setting_name}", {}), f"budgets.{budget}.counts")
 
 
-def cell(
-    file: File, algorithm: str, setting_name: str, budget: Budgets | None = None, changes: Values | None = None
-) -> Cell:
+def cell(file: File, algorithm: str, setting_name: str, budget: Budgets | None = None, changes: Values | None = None) -> Cell:
     """Everything about an algorithm in a setting, resolved and checked; ValueError names the wrong value.
 
     What the budget shares, the algorithm's `common` and its section of the setting lie over each other, and `changes`
@@ -192,7 +191,7 @@ def cell(
         if not isinstance(group, dict):
             raise ValueError(f"{where}.{key}: a mapping is wanted, got {group!r}")
     network, outer, test, train = groups.values()
-    if "classes" in getattr(algorithms.learner_class(algorithm), "__dataclass_fields__"):
+    if "classes" in {field.name for field in fields(algorithms.learner_class(algorithm))}:
         values.setdefault("classes", joint_classes(file))
     algorithms.build(algorithm, values)  # refuses what is missing, unknown or out of range, before anything runs
     algorithms.build(algorithm, values | test)

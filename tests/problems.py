@@ -1,5 +1,7 @@
 """Tasks with known answers, and slow references to compare with."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from ruamel.yaml import YAML
@@ -70,6 +72,27 @@ def losses_and_gradients(loss: object, phi: Params, x: Tensor, y: Tensor) -> tup
     leaves = {name: value.detach().requires_grad_() for name, value in phi.items()}
     value = loss(leaves, x, y)  # type: ignore[operator]
     return value.detach(), dict(zip(leaves, torch.autograd.grad(value.sum(), list(leaves.values())), strict=True))
+
+
+def peak_saved(run: Callable[[], object]) -> int:
+    """The most bytes that autograd keeps for backward passes at any moment of run()."""
+    live = peak = 0
+
+    class Kept:
+        def __init__(self, value: Tensor) -> None:
+            nonlocal live, peak
+            self.value = value.detach()
+            live += value.nbytes
+            peak = max(peak, live)
+
+        def __del__(self) -> None:
+            nonlocal live
+            live -= self.value.nbytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.value):
+        run()
+    assert live == 0  # nothing outlives the call
+    return peak
 
 
 def image_batch(tasks: int, way: int, shot: int, query: int, dtype: torch.dtype = torch.float64, size: int = 28) -> TaskBatch:

@@ -6,7 +6,6 @@ derivative by theta, lam (A + lam I)^-1 = (I + A/lam)^-1, is the matrix of the i
 Each of these was seen failing on a deliberate error before it was trusted; the docstrings say on which.
 """
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -250,27 +249,6 @@ def test_two_inner_steps_by_hand(changes: dict[str, object], expected: list[floa
     assert phi["w"].item() == seen[-1]["w"].item()
 
 
-def peak_saved(run: Callable[[], object]) -> int:
-    """The most bytes that autograd keeps for backward passes at any moment of run()."""
-    live = peak = 0
-
-    class Kept:
-        def __init__(self, value: Tensor) -> None:
-            nonlocal live, peak
-            self.value = value.detach()
-            live += value.nbytes
-            peak = max(peak, live)
-
-        def __del__(self) -> None:
-            nonlocal live
-            live -= self.value.nbytes
-
-    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.value):
-        run()
-    assert live == 0  # nothing outlives the call
-    return peak
-
-
 def test_memory_is_flat_in_inner_steps() -> None:
     """Bytes saved for backward passes, at their peak during meta_gradient on Conv4: equal to the byte for 2 and 8 inner steps.
 
@@ -285,7 +263,7 @@ def test_memory_is_flat_in_inner_steps() -> None:
 
     def peak(name: str, hyper: dict[str, object], steps: int) -> int:
         learner = algorithms.build(name, hyper | {"inner_steps": steps})
-        return peak_saved(lambda: learner.meta_gradient(Conv4Loss(net), params, tasks))
+        return problems.peak_saved(lambda: learner.meta_gradient(Conv4Loss(net), params, tasks))
 
     for hyper in ({}, {"solver": "neumann"}, {"inner_optimiser": "nesterov"}, {"proximal": "last"}):
         assert peak("imaml", DESCENT | hyper, 2) == peak("imaml", DESCENT | hyper, 8)

@@ -58,26 +58,6 @@ def test_product_form_on_quadratics(name: str, n: int) -> None:
     torch.testing.assert_close(query_loss, 0.5 * (away.mT @ qa[:, 0] @ away).flatten(), rtol=1e-11, atol=0)
 
 
-def most_saved(learner: MetaLearner, params: Params, batch: TaskBatch) -> int:
-    """The most numbers that graphs held at one time for their backward passes."""
-    held = most = 0
-
-    class Saved:
-        def __init__(self, value: Tensor) -> None:
-            nonlocal held, most
-            self.value = value
-            held += value.numel()
-            most = max(most, held)
-
-        def __del__(self) -> None:
-            nonlocal held
-            held -= self.value.numel()
-
-    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.value):
-        learner.meta_gradient(problems.smooth_loss, params, batch)
-    return most
-
-
 def test_truncated_memory_does_not_grow_with_the_inner_steps() -> None:
     """But with those that are differentiated; MAML's grows with all of them.
 
@@ -87,7 +67,7 @@ def test_truncated_memory_does_not_grow_with_the_inner_steps() -> None:
 
     def most(name: str, steps: int, **chosen: int) -> int:
         learner = algorithms.build(name, {"inner_lr": 0.1, "inner_steps": steps} | chosen)
-        return most_saved(learner, params, batch)
+        return problems.peak_saved(lambda: learner.meta_gradient(problems.smooth_loss, params, batch))
 
     assert most("maml_truncated", 4, backprop_steps=2) == most("maml_truncated", 16, backprop_steps=2) > 0
     assert most("maml_truncated", 16, backprop_steps=8) > 1.5 * most("maml_truncated", 16, backprop_steps=2)

@@ -21,6 +21,11 @@ from stages import cells, command, compare, evaluate, fetch, leaderboard, meta_t
 from tests.conftest import Edit, Stage, copy_project, shrink
 
 names = algorithms.names()
+PLACES = ("data", "models", "metrics", "plots", "results")
+STAGES = {
+    "fetch": fetch, "preprocess": preprocess, "cells": cells, "split": split, "meta_train": meta_train, "evaluate": evaluate,
+    "compare": compare, "leaderboard": leaderboard,
+}  # fmt: skip
 
 
 def prepare(stage: Stage) -> None:
@@ -81,11 +86,9 @@ def test_the_same_bytes_again(edit: Edit, stage: Stage) -> None:
         prepare(stage)
         stage(meta_train.app, "maml", "5w1s")
         stage(evaluate.app, "maml", "5w1s")
-        found = [
-            path for place in ("data", "models", "metrics", "plots", "results") for path in Path(place).rglob("*") if path.is_file()
-        ]
+        found = [path for place in PLACES for path in Path(place).rglob("*") if path.is_file()]
         contents.append({path: path.read_bytes() for path in found})
-        for place in ("data", "models", "metrics", "plots", "results"):
+        for place in PLACES:
             shutil.rmtree(place)
     assert contents[0] == contents[1]
 
@@ -195,11 +198,9 @@ def test_a_gpu_that_is_named_becomes_the_current_one(asked: str, current: list[i
     assert str(command.chosen_device()) == asked and made == current
 
 
-@pytest.mark.parametrize("module", ["fetch", "preprocess", "cells", "split", "meta_train", "evaluate", "compare", "leaderboard"])
-def test_every_stage_has_help(module: str, stage: Stage) -> None:
-    app = {"fetch": fetch, "preprocess": preprocess, "cells": cells, "split": split, "meta_train": meta_train, "evaluate": evaluate,
-           "compare": compare, "leaderboard": leaderboard}[module].app  # fmt: skip
-    assert "Usage" in stage(app, "--help")
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_has_help(name: str, stage: Stage) -> None:
+    assert "Usage" in stage(STAGES[name].app, "--help")
 
 
 def test_an_experiment_through_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

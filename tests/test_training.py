@@ -1,6 +1,7 @@
 """The outer loop: optimisers, schedules, checkpoints, divergence; and that a meta-step never waits for the host."""
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from metalib import algorithms, training
+from metalib import algorithms, cuda_graph, training
 from metalib.data import tasks
 from metalib.models.conv4 import Conv4
 from metalib.models.loss import Conv4Loss
@@ -20,7 +21,7 @@ from metalib.randomness import generator
 from metalib.types import MetaGradient, Params, TaskBatch
 from tests import problems
 
-OUTER: dict[str, Any] = {"schedule": "cosine", "meta_steps": 6, "meta_batch": 2, "validate_every": 2}
+OUTER: dict[str, Any] = {"schedule": "cosine", "meta_steps": 6, "meta_batch": 2, "validations": 3}
 OPTIMISERS: dict[str, dict[str, Any]] = {
     "adam": {"optimiser": "adam", "lr": 0.01},
     "sgd": {"optimiser": "sgd", "lr": 0.01},
@@ -112,6 +113,34 @@ def test_the_best_validated_weights_are_kept() -> None:
     assert [p.validation for p in end.history] == [None, [0.5], None, [0.9], None, [0.7]]
 
 
+def test_negative_scores_keep_the_best_model() -> None:
+    """As of a regression, whose score is minus its squared error. Seen failing with a best score that starts at -1."""
+    scores = iter([-30.0, -10.0, -20.0])
+    end = result(run(OPTIMISERS["adam"], score=lambda params: next(scores)))
+    assert (end.best_step, end.validation) == ([4], [-10.0])
+    first = Conv4(way=3, image_size=16, filters=4).init(generator(0, "initial weights"))
+    assert not torch.equal(end.params[0]["conv2.weight"], first["conv2.weight"])
+
+
+@pytest.mark.parametrize(("meta_steps", "validations", "steps"), [
+    (6, 3, [2, 4, 6]), (6, 4, [2, 4, 6]), (7, 3, [3, 6, 7]), (5, 1, [5]), (3, 9, [1, 2, 3]),
+])  # fmt: skip
+def test_validations_are_evenly_spaced_and_the_last_is_at_the_end(meta_steps: int, validations: int, steps: list[int]) -> None:
+    end = result(run(OPTIMISERS["sgd"] | {"meta_steps": meta_steps, "validations": validations}))
+    assert [p.step for p in end.history if p.validation is not None] == steps
+
+
+def test_no_meta_steps_score_the_initial_weights_once() -> None:
+    scores = iter([0.25, 0.5])
+    only, end = run(OPTIMISERS["adam"] | {"meta_steps": 0}, seeds=(0, 1), score=lambda params: next(scores))
+    assert isinstance(only, training.Progress) and isinstance(end, training.Result)
+    assert (only.step, only.validation) == (0, [0.25, 0.5]) and all(map(math.isnan, only.query_loss))
+    assert (end.best_step, end.validation, end.history) == ([0, 0], [0.25, 0.5], [only])
+    for seed, params in enumerate(end.params):
+        first = Conv4(way=3, image_size=16, filters=4).init(generator(seed, "initial weights"))
+        assert all(torch.equal(value, first[name]) for name, value in params.items())
+
+
 # ------------------------------------------------------------------------------------------------ replicas, parts of a batch
 
 
@@ -141,6 +170,7 @@ def test_a_batch_in_parts_gives_the_same_gradient(chunk: int) -> None:
         training.meta_gradient(learner, problems.smooth_loss, values, batch, torch.zeros(()), size) for size in (None, chunk)
     )
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
+    assert whole.query_loss.shape == (6,)
 
 
 def test_divergence_names_the_replicas() -> None:
@@ -212,7 +242,7 @@ def test_a_failed_recording_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("synchronize", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     with pytest.warns(UserWarning, match="kernel by kernel: a look at a value$"):
-        assert training._record(step, [], None) is None  # type: ignore[arg-type]
+        assert cuda_graph._record(step, [], None) is None  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------ divergence

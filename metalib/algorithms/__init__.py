@@ -8,8 +8,7 @@ from dataclasses import is_dataclass
 from importlib import import_module
 from typing import Any
 
-from pydantic import ValidationError
-
+from metalib.complaints import checked
 from metalib.types import MetaLearner
 
 
@@ -30,20 +29,4 @@ def learner_class(name: str) -> type:
 
 def build(name: str, hyper: dict[str, Any]) -> MetaLearner:
     """The learner `name` with these hyper-parameters; ValueError names the one that is missing, unknown or out of range."""
-    try:
-        return learner_class(name)(**hyper)
-    except ValidationError as error:
-        raise ValueError(describe(error, name)) from None
-
-
-def describe(error: ValidationError, where: str) -> str:
-    """The first complaint of pydantic as one sentence: which parameter, what is wrong, the value."""
-    first = error.errors()[0]
-    if not first["loc"] or first["type"] == "value_error":  # of several parameters together
-        return f"{'.'.join([where, *(str(part) for part in first['loc'])])}: {first['msg'].removeprefix('Value error, ')}"
-    field = ".".join([where, *(str(part) for part in first["loc"])])
-    if first["type"] in ("missing", "missing_argument"):
-        return f"{field} is missing"
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{field} is not a parameter here (value {first['input']!r}); remove it or correct its name"
-    return f"{field}: {first['msg']}, got {first['input']!r}"
+    return checked(learner_class(name), hyper, name)

@@ -41,5 +41,4 @@ class ANIL:
 
 def _halves(params: Params) -> tuple[Params, Params]:
     """The weights of the body and those of the head."""
-    head = {name: value for name, value in params.items() if name.startswith("head.")}
-    return {name: value for name, value in params.items() if name not in head}, head
+    return tree.without(params, "head."), tree.part(params, "head.")

@@ -27,11 +27,11 @@ class FineTune:
     classes: PositiveInt  # rows of the joint head: 4 quarter turns of every character of the data, or more
 
     def init(self, params: Params) -> Params:
-        head = {n: v.new_zeros(self.classes, *v.shape[1:]) for n, v in params.items() if n.startswith("head.")}
-        return params | {JOINT + name: value for name, value in head.items()}
+        head = tree.part(params, "head.")
+        return params | {JOINT + name: value.new_zeros(self.classes, *value.shape[1:]) for name, value in head.items()}
 
     def adapt(self, loss: SplitLoss, params: Params, x: Tensor, y: Tensor, watch: Watch | None = None) -> Params:
-        theta = tree.tile({n: v for n, v in params.items() if not n.startswith(JOINT)}, len(x))
+        theta = tree.tile(tree.without(params, JOINT), len(x))
         return inner.sgd(loss, theta, x, y, lr=self.inner_lr, steps=self.inner_steps, watch=watch)
 
     def meta_gradient(self, loss: SplitLoss, params: Params, tasks: TaskBatch, progress: Tensor | None = None) -> MetaGradient:
@@ -39,11 +39,9 @@ class FineTune:
             raise ValueError(
                 "finetune: the tasks do not say which classes their labels stand for, so no joint head can be trained"
             )
-        head = tree.map_with(torch.zeros_like, {n: v for n, v in params.items() if n.startswith("head.")})
-        theta = tree.detach(
-            tree.tile({n: v for n, v in params.items() if not n.startswith((JOINT, "head."))}, len(tasks.support_x))
-        )
-        joint = tree.detach(tree.once({n: v for n, v in params.items() if n.startswith(JOINT)}))
+        head = tree.map_with(torch.zeros_like, tree.part(params, "head."))
+        theta = tree.detach(tree.tile(tree.without(params, JOINT, "head."), len(tasks.support_x)))
+        joint = tree.detach(tree.once(tree.part(params, JOINT)))
         shared = {name.removeprefix(JOINT): value for name, value in joint.items()}
         losses = [
             loss.head(shared, loss.body(theta, x), tasks.classes.gather(1, y))

@@ -28,8 +28,8 @@ class MAMLPlusPlus:
     msl: float = Field(ge=0, le=1)  # the part of meta-training that has a multi-step loss
 
     def init(self, params: Params) -> Params:
-        rates = {RATE + n: v.new_full((self.inner_steps,), self.inner_lr) for n, v in params.items() if not n.startswith(NORM)}
-        norms = {n: v.expand(self.inner_steps, *v.shape).clone() for n, v in params.items() if n.startswith(NORM)}
+        rates = {RATE + n: v.new_full((self.inner_steps,), self.inner_lr) for n, v in tree.without(params, NORM).items()}
+        norms = {n: v.expand(self.inner_steps, *v.shape).clone() for n, v in tree.part(params, NORM).items()}
         return params | norms | rates
 
     def adapt(self, loss: TaskLoss, params: Params, x: Tensor, y: Tensor, watch: Watch | None = None) -> Params:
@@ -58,17 +58,17 @@ class MAMLPlusPlus:
 
     def _descend(self, loss: TaskLoss, theta: Params, x: Tensor, y: Tensor, *, create_graph: bool) -> list[Params]:
         """Meta-parameters (T, *shape) -> the weights (T, *shape) that classify queries after 0, 1, ..., K steps."""
-        norms = {name for name in theta if name.startswith(NORM)}
-        trained = next(value.shape[1] for name, value in theta.items() if name.startswith(RATE))
+        norms = tree.part(theta, NORM)
+        trained = next(iter(tree.part(theta, RATE).values())).shape[1]
         if trained != self.inner_steps:
             raise ValueError(
                 f"maml_plus_plus.inner_steps: {self.inner_steps}, but the meta-parameters are for {trained} steps; "
                 "test with as many steps as in training"
             )
-        phi = {name: value for name, value in theta.items() if name not in norms and not name.startswith(RATE)}
-        steps = [phi | {name: theta[name][:, 0] for name in norms}]
+        phi = tree.without(theta, NORM, RATE)
+        steps = [phi | {name: value[:, 0] for name, value in norms.items()}]
         for k in range(self.inner_steps):
-            norm = {name: theta[name][:, k] for name in norms}
+            norm = {name: value[:, k] for name, value in norms.items()}
             grads = tree.grad(loss(phi | norm, x, y).sum(), phi, create_graph)
             phi = {n: value - tree.per_task(theta[RATE + n][:, k], value) * grads[n] for n, value in phi.items()}
             if not create_graph:

@@ -38,7 +38,7 @@ class MetaSGD:
     def _descend(
         self, loss: TaskLoss, theta: Params, x: Tensor, y: Tensor, *, create_graph: bool, watch: Watch | None = None
     ) -> Params:
-        phi = {name: value for name, value in theta.items() if not name.startswith(RATE)}
+        phi = tree.without(theta, RATE)
         if watch:
             watch(phi)
         for _ in range(self.inner_steps):

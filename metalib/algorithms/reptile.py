@@ -46,8 +46,7 @@ class Reptile:
         return params | second | {WEIGHT: next(iter(params.values())).new_zeros(())}
 
     def adapt(self, loss: TaskLoss, params: Params, x: Tensor, y: Tensor, watch: Watch | None = None) -> Params:
-        phi = self._run(loss, params, x, y, watch)
-        return {name: value for name, value in phi.items() if not name.startswith(SECOND)}
+        return tree.without(self._run(loss, params, x, y, watch), SECOND)
 
     def meta_gradient(self, loss: TaskLoss, params: Params, tasks: TaskBatch, progress: Tensor | None = None) -> MetaGradient:
         phi = self._run(loss, params, tasks.support_x, tasks.support_y)
@@ -58,7 +57,7 @@ class Reptile:
     def _run(self, loss: TaskLoss, params: Params, x: Tensor, y: Tensor, watch: Watch | None = None) -> Params:
         """The meta-parameters (T, *shape) after k inner steps, carried moments included."""
         tiled = tree.tile(params, len(x))
-        theta = {name: value for name, value in tiled.items() if not name.startswith(SECOND)}
+        theta = tree.without(tiled, SECOND)
         if self.inner_optimiser == "sgd":
             return tiled | inner.sgd(
                 loss, theta, x, y, lr=self.inner_lr, steps=self.inner_steps, batch=self.inner_batch, watch=watch

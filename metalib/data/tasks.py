@@ -19,6 +19,30 @@ class Tasks(NamedTuple):
     images: Tensor  # (n, way, shot + query) drawers of the character
     rotations: Tensor  # (n, way) quarter turns, 0 to 3
 
+    def to(self, device: torch.device) -> "Tasks":
+        """The same tasks on another device."""
+        return Tasks(*(index.to(device) for index in self))
+
+    def first(self, count: int, what: str) -> "Tasks":
+        """The first `count` tasks; ValueError, in the name of the parameter `what`, when there are fewer."""
+        if count > len(self.classes):
+            raise ValueError(
+                f"{what}: {count} tasks asked for, but only {len(self.classes)} are stored; store more or ask for fewer"
+            )
+        return Tasks(*(index[:count] for index in self))
+
+
+class Protocol(NamedTuple):
+    """What stored tasks are of: every result on them must show it."""
+
+    data: str  # omniglot or glyphs
+    images: str  # size and method, for instance "28 px lanczos"
+    split: str  # scheme: characters, alphabets or vinyals
+    test_rotations: str  # of the stored tasks: tasks or none
+    way: int
+    shot: int
+    query: int
+
 
 def draw(
     count: int,

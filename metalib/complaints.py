@@ -1,0 +1,28 @@
+"""Pydantic's complaints as one sentence: which parameter, what is wrong with it, the value."""
+
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+T = TypeVar("T")
+
+
+def checked(kind: type[T], values: dict[str, Any], where: str) -> T:
+    """kind(**values); ValueError names the value that is wrong, as a parameter of `where`."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise ValueError(describe(error, where)) from None
+
+
+def describe(error: ValidationError, where: str) -> str:
+    """The first complaint as one sentence."""
+    first = error.errors()[0]
+    field = ".".join([where, *(str(part) for part in first["loc"])])
+    if not first["loc"] or first["type"] == "value_error":  # of several parameters together
+        return f"{field}: {first['msg'].removeprefix('Value error, ')}"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{field} is missing"
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{field} is not a parameter here (value {first['input']!r}); remove it or correct its name"
+    return f"{field}: {first['msg']}, got {first['input']!r}"
