@@ -8,12 +8,12 @@ from typing import Annotated
 
 import torch
 import typer
-from metalib.meters import begin, peak
 
 from benchmarks import peers, report
 from benchmarks.speed import ENGINES, ours
 from benchmarks.timing import prepared
 from benchmarks.work import LEARNERS, PAPERS, Item
+from metalib.meters import begin, peak
 from stages.command import one_sentence
 
 METHODS = {

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import torch
 import typer
-from metalib.models.loss import Conv4Loss
 
 from benchmarks import report
 from benchmarks.timing import alternate, median, prepared
@@ -16,6 +15,7 @@ from benchmarks.work import LEARNERS, Item
 from metalib import evaluation
 from metalib.data import tasks as few_shot
 from metalib.models.conv4 import Conv4
+from metalib.models.loss import Conv4Loss
 from stages import files
 from stages.command import one_sentence
 

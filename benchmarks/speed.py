@@ -8,7 +8,6 @@ from typing import Annotated, NamedTuple
 
 import torch
 import typer
-from metalib.models.loss import Conv4Loss
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peers, report, work
@@ -16,6 +15,7 @@ from benchmarks.peers import Call
 from benchmarks.timing import Seconds, alternate, median, prepared, ratio
 from benchmarks.work import Item
 from metalib import algorithms, cuda_graph
+from metalib.models.loss import Conv4Loss
 from metalib.types import Params, TaskBatch
 from stages.command import one_sentence
 

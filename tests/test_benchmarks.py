@@ -9,9 +9,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import convolutions, peers, report, speed, work
+from benchmarks import accuracy, convolutions, peers, plan, report, speed, step_cost, work
 from benchmarks.peers import libraries, loop, vmap
 from metalib import algorithms
+from stages import cells, fetch, meta_train, preprocess, split
+from tests.conftest import Edit, Stage
 
 CPU = torch.device("cpu")
 
@@ -57,6 +59,7 @@ def test_a_report_says_what_was_not_timed(tmp_path: Path, monkeypatch: pytest.Mo
     libraries.learn2learn_maml.cache_clear()
     for module in ("learn2learn", "learn2learn.algorithms", "learn2learn.algorithms.maml", "higher", "torchopt", "jax"):
         monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(speed, "SIDE", 64)
     out = tmp_path / "speed.md"
     threads = str(torch.get_num_threads())
     ran = CliRunner().invoke(speed.app, ["--items", "toy", "--repeats", "1", "--threads", threads, "--out", str(out)])
@@ -102,3 +105,26 @@ def test_arithmetic_by_hand() -> None:
 def test_all_implementations_of_a_convolution_agree(size: int, channels: int) -> None:
     """Seen failing with the kernels of the groups in reverse order."""
     convolutions.agree(convolutions.implementations(2, 3, size, channels, CPU))
+
+
+def test_what_trainings_cost(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan and accuracy take learners and settings from params.yaml. One without meta-steps costs its tests alone."""
+    others = {f"algorithms__{name}": None for name in algorithms.names() if name not in ("maml", "scratch")}
+    edit(settings=["5w1s"], budgets__paper__counts__common__validation_tasks=4, **others)
+    stage(fetch.app)
+    stage(preprocess.app)
+    stage(split.app, "5w1s")
+    monkeypatch.setitem(step_cost.TIMED, "cpu", 2)
+    monkeypatch.setitem(plan.TASKS, "cpu", 2)
+    stage(plan.app)
+    rows = [line for line in Path("benchmarks/results/plan-quick.md").read_text().splitlines() if "| 5w1s |" in line]
+    assert [row.split(" | ")[3] for row in rows] == ["4", "0"]
+    assert [row.split(" | ")[5] for row in rows] == ["16", "8"]  # 2 seeds, 4 tasks, 2 validations or 1
+    assert rows[1].startswith("| scratch | 5w1s | 0.0 |")
+    stage(accuracy.app, fails=True)
+    stage(cells.app)
+    for name in ("maml", "scratch"):
+        stage(meta_train.app, name, "5w1s")
+    stage(accuracy.app, "--limit", "0.01")
+    text = Path("benchmarks/results/accuracy.md").read_text()
+    assert all(f"| {row} | " in text for row in ("maml | quick | 4", "scratch | quick | 0 | 0.0", "maml | paper | 0"))

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from stages import params
+from benchmarks import step_cost
+from stages import fetch, params, preprocess, split
+from tests.conftest import Edit, Stage
 from tuning import tries
 
 LISTS = sorted(Path(tries.__file__).parent.glob("*.yaml"))
@@ -56,7 +58,7 @@ def test_a_committed_list_can_be_run(path: Path) -> None:
     ("- {learner: maml, setting: 5w1s, share: 1, seconds: 1}", r"list\.yaml\.0: give either seconds or share"),
     ("- {learner: maml, setting: 5w1s, share: -1}", r"list\.yaml\.0\.share: Input should be greater than 0, got -1"),
     ("- {learner: maml, setting: 5w1s, time: 1}", r"list\.yaml\.0\.time is not a parameter here"),
-    ("- {learner: maml, setting: 5w1s, share: 1}\n- {learner: maml, setting: 5w1s, seconds: 1}", "either seconds in all entries"),
+    ("- {learner: maml, setting: 5w1s, share: 1}\n- {learner: maml, setting: 5w1s, seconds: 1}", "seconds in all entries"),
     ("[]", "give at least one entry"),
     ("- {learner", "is not YAML"),
 ])  # fmt: skip
@@ -75,3 +77,32 @@ def test_a_wrong_try_is_refused(tmp_path: Path, entry: str, complaint: str) -> N
     (one,) = tries.read(write(tmp_path, f"- {{{entry}}}"))
     with pytest.raises(ValueError, match=complaint):
         one.cell(params.read())
+
+
+def test_a_list_is_run(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share of the meta-steps, or as many as the seconds allow; the table says how many, and the header how to make it again.
+
+    A learner without meta-steps is validated once, which stands in the last column.
+    """
+    edit()
+    stage(fetch.app)
+    stage(preprocess.app)
+    stage(split.app, "5w1s")
+    monkeypatch.setitem(tries.VALIDATION_TASKS, "5w1s", 4)
+    monkeypatch.setattr(step_cost, "seconds_per_step", lambda *_: 0.5)
+    shares = "- {learner: maml, setting: 5w1s, share: 1.5, seeds: 2, set: {inner_lr: [0.1, 0.2]}}\n"
+    path = write(Path("."), shares + "- {learner: scratch, setting: 5w1s, share: 1}\n")
+    stage(tries.app, str(path), "--validations", "2")
+    text = Path("tuning/results/list.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "| 5w1s |" in line]
+    assert "python -m tuning.tries" in text and "; threads: 1; " in text and "commit " in text
+    found = [[row[2], row[3], row[5]] for row in rows]
+    assert found == [["inner_lr=0.1", "2", "6"], ["inner_lr=0.2", "2", "6"], ["quick", "1", "0"]]
+        ["inner_lr=0.1", "2", "6"],
+        ["inner_lr=0.2", "2", "6"],
+        ["quick", "1", "0"],
+    ]
+    assert all(" to " in score for row in rows[:2] for score in row[6:])
+    assert rows[2][6] == "" and float(rows[2][7]) > 0
+    stage(tries.app, str(write(Path("."), "- {learner: maml, setting: 5w1s, seconds: 2, seeds: 2}")), "--out", "timed.md")
+    assert "| maml | 5w1s | quick | 2 | 2 | 8 |" in Path("timed.md").read_text()  # 2 s for each of 2 seeds, 0.5 s a meta-step

@@ -22,6 +22,7 @@ from benchmarks.peers.network import (
     unflat,
 )
 from benchmarks.work import Item
+from metalib import tree
 from metalib.types import Params, TaskBatch
 
 
@@ -75,7 +76,7 @@ def fomaml(hyper: Hyper, theta: Params, task: Task) -> Params:
 
 def anil(hyper: Hyper, theta: Params, task: Task) -> Params:
     """The body's features are computed once for all inner steps."""
-    head = {name: value for name, value in theta.items() if name.startswith("head.")}
+    head = tree.part(theta, "head.")
     support = features(theta, task.x)
     for _ in range(hyper["inner_steps"]):
         grads = grad(head_loss(head, support, task.y), head, create_graph=True)
@@ -84,7 +85,7 @@ def anil(hyper: Hyper, theta: Params, task: Task) -> Params:
 
 
 def meta_sgd(hyper: Hyper, theta: Params, task: Task) -> Params:
-    phi = {name: value for name, value in theta.items() if not name.startswith("rate.")}
+    phi = tree.without(theta, "rate.")
     for _ in range(hyper["inner_steps"]):
         grads = grad(task_loss(phi, task.x, task.y), phi, create_graph=True)
         phi = {name: value - theta[f"rate.{name}"] * grads[name] for name, value in phi.items()}
@@ -93,11 +94,10 @@ def meta_sgd(hyper: Hyper, theta: Params, task: Task) -> Params:
 
 def maml_plus_plus(hyper: Hyper, theta: Params, task: Task) -> Params:
     """Without the multi-step loss, as after the first part of a training."""
-    norms = [name for name in theta if name.startswith("norm")]
-    phi = {name: value for name, value in theta.items() if name not in norms and not name.startswith("rate.")}
+    norms, phi = tree.part(theta, "norm"), tree.without(theta, "norm", "rate.")
     norm = Params()
     for step in range(hyper["inner_steps"]):
-        norm = {name: theta[name][step] for name in norms}
+        norm = {name: value[step] for name, value in norms.items()}
         grads = grad(task_loss(phi | norm, task.x, task.y), phi, create_graph=True)
         phi = {name: value - theta[f"rate.{name}"][step] * grads[name] for name, value in phi.items()}
     return grad(task_loss(phi | norm, task.query_x, task.query_y), theta)
@@ -185,7 +185,7 @@ def leap(hyper: Hyper, theta: Params, task: Task) -> Params:
 
 def finetune(hyper: Hyper, theta: Params, task: Task) -> Params:
     """One classifier of all classes, on both sets."""
-    at = {name: value for name, value in theta.items() if not name.startswith("head.")}
+    at = tree.without(theta, "head.")
     joint = {name: theta[f"joint.{name}"] for name in ("head.weight", "head.bias")}
     sets = ((task.x, task.y), (task.query_x, task.query_y))
     return grad(torch.stack([head_loss(joint, features(theta, x), task.classes[y]) for x, y in sets]).mean(), at)
