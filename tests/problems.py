@@ -158,9 +158,12 @@ def hyper(name: str) -> dict[str, object]:
 
 ADAM = {"inner_optimiser": "adam", "inner_lr": 0.01}
 VARIANTS: dict[str, dict[str, object]] = {  # roads through a learner that params.yaml does not take at its quick budget
+    "maml:batches": {"inner_steps": 3, "inner_batch": 4},  # of six images: the second step goes round
+    "maml:recompute": {"inner_steps": 3, "inner_batch": 4, "recompute": True},
+    "fomaml:batches": {"inner_steps": 3, "inner_batch": 4},
     "reptile:adam": ADAM,
     "reptile:carried": ADAM | {"moments": "carried"},
-    "reptile:batches": {"inner_batch": 4},  # of six images: the third step goes round
+    "reptile:batches": {"inner_batch": 4},
     "leap:batches": {"inner_batch": 4},
     "leap:energy": {"norm": False},
     "leap:weights": {"loss": False},

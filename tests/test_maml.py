@@ -97,6 +97,31 @@ def test_fomaml_is_the_query_gradient_at_the_adapted_weights(steps: int) -> None
         assert problems.inner_product(maml, direction) != pytest.approx(numeric, rel=1e-3)
 
 
+@pytest.mark.parametrize(("name", "chosen"), [("maml", {}), ("maml", {"recompute": True}), ("fomaml", {})])
+def test_inner_batches_go_round_the_support_set(name: str, chosen: dict[str, bool]) -> None:
+    """Three steps on four of six images each: 0-3, then 4, 5, 0, 1, then 2-5, against a loop with these written out.
+
+    Seen failing with the whole set in every step of adapt, of meta_gradient, and of _backwards, and with _backwards taking
+    the batch of the step after.
+    """
+    params, batch = problems.smooth_problem()
+    learner = algorithms.build(name, {"inner_lr": 0.3, "inner_steps": 3, "inner_batch": 4} | chosen)
+    theta = {key: value.expand(4, *value.shape).clone().requires_grad_() for key, value in params.items()}
+    phi = theta
+    for images in ([0, 1, 2, 3], [4, 5, 0, 1], [2, 3, 4, 5]):
+        loss = problems.smooth_loss(phi, batch.support_x[:, images], batch.support_y[:, images]).sum()
+        steps = torch.autograd.grad(loss, list(phi.values()), create_graph=name == "maml")
+        phi = {key: value - 0.3 * g for (key, value), g in zip(phi.items(), steps, strict=True)}
+    query_loss = problems.smooth_loss(phi, batch.query_x, batch.query_y)
+    expected = torch.autograd.grad(query_loss.sum(), list(theta.values()))
+    adapted = learner.adapt(problems.smooth_loss, params, batch.support_x, batch.support_y)
+    grads, found = learner.meta_gradient(problems.smooth_loss, params, batch)
+    torch.testing.assert_close(adapted, {key: value.detach() for key, value in phi.items()}, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found, query_loss.detach(), rtol=1e-12, atol=0)
+    for value, g in zip(grads.values(), expected, strict=True):
+        torch.testing.assert_close(value, g.mean(0), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["maml", "fomaml"])
 @pytest.mark.parametrize("choices", [
     {"downsample": "stride", "features": "flatten"},

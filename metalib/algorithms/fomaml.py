@@ -8,7 +8,7 @@ gradient at the adapted weights,
 No second derivative is taken, and memory does not grow with the number of inner steps.
 """
 
-from pydantic import ConfigDict, NonNegativeInt, PositiveFloat
+from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -20,13 +20,14 @@ from metalib.types import MetaGradient, Params, TaskBatch, TaskLoss, Watch
 class FOMAML:
     inner_lr: PositiveFloat  # alpha, on the mean cross-entropy of the support set
     inner_steps: NonNegativeInt  # k
+    inner_batch: PositiveInt | None = None  # images in an inner step; null: the whole support set
 
     def init(self, params: Params) -> Params:
         return params
 
     def adapt(self, loss: TaskLoss, params: Params, x: Tensor, y: Tensor, watch: Watch | None = None) -> Params:
         theta = tree.tile(params, len(x))
-        return inner.sgd(loss, theta, x, y, lr=self.inner_lr, steps=self.inner_steps, watch=watch)
+        return inner.sgd(loss, theta, x, y, lr=self.inner_lr, steps=self.inner_steps, batch=self.inner_batch, watch=watch)
 
     def meta_gradient(self, loss: TaskLoss, params: Params, tasks: TaskBatch, progress: Tensor | None = None) -> MetaGradient:
         phi = self.adapt(loss, params, tasks.support_x, tasks.support_y)

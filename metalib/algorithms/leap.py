@@ -29,7 +29,7 @@ from metalib.types import MetaGradient, Params, TaskBatch, TaskLoss, Watch
 class Leap:
     inner_lr: PositiveFloat  # alpha
     inner_steps: NonNegativeInt  # K
-    inner_batch: PositiveInt | None  # images in an inner step; null: the whole support set
+    inner_batch: PositiveInt | None = None  # images in an inner step; null: the whole support set
     norm: bool  # true: length, p = 1; false: energy, p = 2
     loss: bool  # whether the way runs over the loss surface, or through the weights alone
     stabiliser: bool

@@ -13,7 +13,7 @@ same gradient without holding the graphs of all k steps: U' is a product of step
 where phi_0, ..., phi_{k-1} were kept and each H_j v is computed when its turn comes.
 """
 
-from pydantic import ConfigDict, NonNegativeInt, PositiveFloat
+from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from metalib.types import MetaGradient, Params, TaskBatch, TaskLoss, Watch
 class MAML:
     inner_lr: PositiveFloat  # alpha, on the mean cross-entropy of the support set
     inner_steps: NonNegativeInt  # k
+    inner_batch: PositiveInt | None = None  # images in an inner step; null: the whole support set
     recompute: bool = False  # true: one inner step's graph at a time, and the weights of each, for one more gradient in each
 
     def init(self, params: Params) -> Params:
@@ -32,7 +33,7 @@ class MAML:
 
     def adapt(self, loss: TaskLoss, params: Params, x: Tensor, y: Tensor, watch: Watch | None = None) -> Params:
         theta = tree.tile(params, len(x))
-        return inner.sgd(loss, theta, x, y, lr=self.inner_lr, steps=self.inner_steps, watch=watch)
+        return inner.sgd(loss, theta, x, y, lr=self.inner_lr, steps=self.inner_steps, batch=self.inner_batch, watch=watch)
 
     def meta_gradient(self, loss: TaskLoss, params: Params, tasks: TaskBatch, progress: Tensor | None = None) -> MetaGradient:
         if self.recompute:
@@ -40,21 +41,21 @@ class MAML:
         theta = tree.detach(tree.tile(params, len(tasks.support_x)))
         phi = inner.sgd(
             loss, theta, tasks.support_x, tasks.support_y,
-            lr=self.inner_lr, steps=self.inner_steps, create_graph=True,
+            lr=self.inner_lr, steps=self.inner_steps, batch=self.inner_batch, create_graph=True,
         )  # fmt: skip
         query_loss = loss(phi, tasks.query_x, tasks.query_y)
         return MetaGradient(tree.mean_tasks(tree.grad(query_loss.sum(), theta)), query_loss.detach())
 
     def _backwards(self, loss: TaskLoss, params: Params, tasks: TaskBatch) -> MetaGradient:
-        x, y = tasks.support_x, tasks.support_y
         steps = list[Params]()
-        self.adapt(loss, params, x, y, watch=steps.append)
+        self.adapt(loss, params, tasks.support_x, tasks.support_y, watch=steps.append)
         phi = tree.detach(steps.pop())
         query_loss = loss(phi, tasks.query_x, tasks.query_y)
         v = tree.grad(query_loss.sum(), phi)
         del phi
         while steps:
-            _, _, hessian = numerics.hessian(lambda weights: loss(weights, x, y), steps.pop())
+            batch = inner.minibatch(tasks.support_x, tasks.support_y, self.inner_batch, len(steps) - 1)
+            _, _, hessian = numerics.hessian(lambda weights: loss(weights, *batch), steps.pop())  # noqa: B023
             v = tree.axpy(-self.inner_lr, hessian(v), v)
             del hessian  # with the graph it holds, before the next one is made
         return MetaGradient(tree.mean_tasks(v), query_loss.detach())

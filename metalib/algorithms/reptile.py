@@ -27,7 +27,7 @@ WEIGHT = "adam.weight"
 class Reptile:
     inner_lr: PositiveFloat  # alpha
     inner_steps: NonNegativeInt  # k
-    inner_batch: PositiveInt | None  # images in an inner step; null: the whole support set
+    inner_batch: PositiveInt | None = None  # images in an inner step; null: the whole support set
     inner_optimiser: Literal["sgd", "adam"]  # adam: with beta1 = 0
     moments: Literal["reset", "carried"]  # Adam's second moments: fresh in every task, or meta-learned as the weights are
     # (the authors' code never resets them, so a task starts from the moments the last one left; here, from their running mean.
