@@ -1,4 +1,4 @@
-"""What every stage does around its work: one-sentence errors, the device, the process's memory."""
+"""What every stage does around its work: one-sentence errors, the device, the process's memory and precision."""
 
 import ctypes
 import functools
@@ -31,7 +31,15 @@ def one_sentence(main: Callable[P, None]) -> Callable[P, None]:
     return wrapped
 
 
-def device() -> torch.device:
+def prepared(tf32: bool = False) -> torch.device:
+    """The device to compute on, with the process set up for it: memory is kept, float32 is float32 unless `tf32`."""
+    device = chosen_device()
+    _keep_heap()
+    _tensor_float(tf32)
+    return device
+
+
+def chosen_device() -> torch.device:
     """METALIB_DEVICE (cpu, cuda, cuda:1, mps), or the best there is. Not a param: it changes cost, not meaning."""
     torch.backends.cudnn.benchmark = True  # there are few shapes, and many calls of each
     asked = os.environ.get("METALIB_DEVICE", "auto")
@@ -59,14 +67,14 @@ def device_name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
 
 
-def tensor_float(allowed: bool) -> None:
+def _tensor_float(allowed: bool) -> None:
     """Whether a GPU may round the factors of float32 products to 10 bits (TF32). PyTorch's own default lets convolutions."""
     precision = "tf32" if allowed else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
 
 
-def keep_heap() -> None:
+def _keep_heap() -> None:
     """Tell glibc to keep freed memory: the page faults of handing it back and forth cost a third of a meta-step."""
     if platform.libc_ver()[0] == "glibc":
         libc: Any = ctypes.CDLL("libc.so.6")

@@ -1,23 +1,28 @@
 """Where the pipeline's files are, and how they are written (whole or not at all) and read."""
 
+import csv
 import io
+import json
 import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from metalib.data.omniglot import Characters
-from metalib.data.tasks import Tasks
+from metalib.data.tasks import Protocol, Tasks
+from stages.params import Cell
 
 RAW = Path("data/raw")
 CHARACTERS = Path("data/characters.npz")
+CELLS = Path("data/cells")
 
 
 def tasks_file(setting: str) -> Path:
@@ -34,6 +39,15 @@ def results_file(setting: str, algorithm: str) -> Path:
 
 def metrics_file(setting: str, algorithm: str) -> Path:
     return Path(f"metrics/{setting}/{algorithm}.json")
+
+
+def run_file(setting: str, algorithm: str) -> Path:
+    """What the metrics are of: no numbers to compare, but what must be known to compare them."""
+    return Path(f"metrics/{setting}/{algorithm}.run.json")
+
+
+def plots_folder(setting: str, algorithm: str) -> Path:
+    return Path(f"plots/{setting}/{algorithm}")
 
 
 @contextmanager
@@ -56,6 +70,19 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with whole(path) as beside:
+        beside.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """At least one row; the first one's keys are the header. Floats have six digits."""
+    with whole(path) as beside, open(beside, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
 def save_arrays(path: Path, **arrays: Any) -> None:
@@ -81,7 +108,7 @@ class TaskFile(NamedTuple):
     train: torch.Tensor  # (N,) indices of the meta-training characters
     validation: Tasks
     test: Tasks
-    protocol: dict[str, Any]  # data, split, rotations, way, shot, query: what every result of it must show
+    protocol: Protocol
 
 
 def load_tasks(setting: str) -> TaskFile:
@@ -90,17 +117,37 @@ def load_tasks(setting: str) -> TaskFile:
             Tasks(*(torch.from_numpy(arrays[f"{part}_{name}"].astype(np.int64)) for name in Tasks._fields))
             for part in ("validation", "test")
         )
-        protocol = {name.removeprefix("protocol_"): arrays[name].item() for name in arrays if name.startswith("protocol_")}
+        protocol = Protocol(**{name: arrays[f"protocol_{name}"].item() for name in Protocol._fields})
         return TaskFile(torch.from_numpy(arrays["train"]), validation, test, protocol)
 
 
-def first(tasks: Tasks, count: int, what: str) -> Tasks:
-    """The first `count` tasks; ValueError when there are fewer."""
-    if count > len(tasks.classes):
-        raise ValueError(
-            f"{what}: {count} tasks asked for, but only {len(tasks.classes)} are stored; raise tasks in params.yaml"
-        )
-    return Tasks(*(index[:count] for index in tasks))
+def load_cell(setting: str, algorithm: str) -> Cell:
+    """The values that a cell is trained with, as the stage `cells` resolved them."""
+    return _cell(_load_json(CELLS / setting / f"{algorithm}.json"))
+
+
+def load_protocol_cells() -> dict[str, Cell]:
+    """The same for each learner of the study `protocols`."""
+    return {name: _cell(values) for name, values in _load_json(CELLS / "protocols.json").items()}
+
+
+def load_test_count(setting: str) -> int:
+    """How many of the setting's tasks a model is tested on."""
+    return int(_load_json(CELLS / f"{setting}.json")["test_tasks"])
+
+
+def _load_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); make it with: dvc repro cells") from None
+
+
+def _cell(values: Any) -> Cell:
+    try:
+        return Cell.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{CELLS} holds a cell of another version ({error.errors()[0]['loc']}); run: dvc repro cells") from None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from metalib import algorithms
-from metalib.algorithms import describe
+from metalib.complaints import checked, describe
 from metalib.data.glyphs import Glyphs
 from metalib.data.omniglot import DRAWERS, Resize
 from metalib.data.splits import Split
@@ -18,6 +18,8 @@ from metalib.training import Outer
 
 FILE = Path("params.yaml")
 CHARACTERS = 1623  # of Omniglot
+Budgets = Literal["quick", "paper"]
+Values = dict[str, Any]
 T = TypeVar("T")
 
 
@@ -32,10 +34,6 @@ class Data(Section):
     glyphs: Glyphs
 
 
-class Queries(Section):
-    query: PositiveInt
-
-
 class Tasks(Section):
     """The stored evaluation tasks."""
 
@@ -43,11 +41,11 @@ class Tasks(Section):
     rotations: Literal["tasks", "none"]
     validation: PositiveInt
     test: PositiveInt
-    settings: dict[str, Queries]
+    query: PositiveInt | None  # query images per class; None: as many as shots
 
 
 class MetaTrain(Section):
-    budget: Literal["quick", "paper"]
+    budget: Budgets
     statistics: Literal["transductive", "inductive"]
     rotations: Rotations
     tf32: bool
@@ -55,32 +53,41 @@ class MetaTrain(Section):
 
 
 class Counts(Section):
+    """How often, and on how many tasks, a model is measured."""
+
+    validations: PositiveInt  # in a training
     validation_tasks: PositiveInt
     test_tasks: PositiveInt
 
 
 class Budget(Section):
+    """What all algorithms share, which their own sections may override."""
+
     seeds: PositiveInt
-    settings: dict[str, Counts]
+    counts: dict[str, Values]  # Counts: common, and a setting's own over it
+    network: Values  # of Conv4
+    outer: Values  # of Outer
 
 
 class Study(Section):
-    """A study's two budgets; the study's own stage says what is in them."""
+    """A study's values; its own room says what they are."""
 
-    budget: Literal["quick", "paper"]
-    quick: dict[str, Any]
-    paper: dict[str, Any]
+    budget: Budgets
+    common: Values
+    quick: Values
+    paper: Values
 
 
 class File(Section):
     """The whole file."""
 
+    settings: list[str] = Field(min_length=1)
     data: Data
     split: Split
     tasks: Tasks
     meta_train: MetaTrain
-    budgets: dict[Literal["quick", "paper"], Budget]
-    algorithms: dict[str, dict[Literal["quick", "paper"], dict[str, dict[str, Any]]]]
+    budgets: dict[Budgets, Budget]
+    algorithms: dict[str, dict[Budgets, dict[str, Values]]]
     studies: dict[str, Study]
 
 
@@ -93,18 +100,21 @@ class Setting(Section):
 
 
 class Images(Section):
-    """Images of each class in a meta-training task, where they are others than the setting's."""
+    """Images of each class in a meta-training task, where they differ from the setting's."""
 
     shot: PositiveInt | None = None
     query: PositiveInt | None = None
 
 
 class Cell(Section):
-    """Everything that one algorithm in one setting is trained and tested with."""
+    """Everything that one algorithm in one setting is trained with, and the hyper-parameters it is tested with."""
 
-    learner: dict[str, Any]  # hyper-parameters of the algorithm
-    test: dict[str, Any]  # those of them that differ when it is validated and tested
-    network: dict[str, Any]
+    algorithm: str
+    setting: str
+    budget: Budgets
+    learner: Values  # hyper-parameters of the algorithm
+    test: Values  # those of them that differ when it is validated and tested
+    network: Values
     outer: Outer
     statistics: Literal["transductive", "inductive"]
     rotations: Rotations
@@ -113,6 +123,7 @@ class Cell(Section):
     train_query: int
     seeds: list[int]
     validation_tasks: int
+    own: list[str]  # dotted names of the values that come from the algorithm's section of this setting
 
 
 def read() -> File:
@@ -129,59 +140,76 @@ def read() -> File:
 
 
 def setting(file: File, name: str) -> Setting:
-    """5w1s -> 5-way 1-shot, with the number of queries from the tasks section; ValueError for a name not in it."""
-    if f"s{name}" not in file.tasks.settings:
-        known = ", ".join(key[1:] for key in file.tasks.settings)
-        raise ValueError(f"setting: {name!r} is not one of {known}; add s{name} to tasks.settings in {FILE}")
-    query = file.tasks.settings[f"s{name}"].query
+    """5w1s -> 5-way 1-shot, with the number of queries of the tasks section; ValueError for a name that is not listed."""
+    if name not in file.settings:
+        raise ValueError(f"setting: {name!r} is not one of {', '.join(file.settings)}; add it to settings in {FILE}")
     try:
         way, shot = (int(number) for number in name.removesuffix("s").split("w"))
-        found = Setting(way=way, shot=shot, query=query)
+        found = Setting(way=way, shot=shot, query=file.tasks.query or shot)
     except (ValidationError, ValueError):
         raise ValueError(f"setting: {name!r} is not of the form 5w1s (5 classes, 1 support image of each)") from None
     if found.shot + found.query > DRAWERS:
         raise ValueError(
-            f"tasks.settings.s{name}.query: {query} queries and {shot} support images of a class, but each has only {DRAWERS}"
+            f"tasks.query: {found.query} queries and {shot} support images of a class in {name}, but each class has only {DRAWERS}"
         )
     return found
 
 
-def cell(file: File, algorithm: str, setting_name: str) -> Cell:
-    """The algorithm's `common` values with the setting's own laid over them, checked; ValueError names the wrong one."""
-    budget = file.meta_train.budget
+def counts(file: File, setting_name: str, budget: Budgets | None = None) -> Counts:
+    """How often, and on how many tasks, a model of the setting is measured."""
+    budget = budget or file.meta_train.budget
+    section = file.budgets[budget].counts
+    return checked(Counts, section.get("common", {}) | section.get(f"s{setting_name}", {}), f"budgets.{budget}.counts")
+
+
+def cell(
+    file: File, algorithm: str, setting_name: str, budget: Budgets | None = None, changes: Values | None = None
+) -> Cell:
+    """Everything about an algorithm in a setting, resolved and checked; ValueError names the wrong value.
+
+    What the budget shares, the algorithm's `common` and its section of the setting lie over each other, and `changes`
+    (dotted names, as in that section) over them all. `budget` is meta_train's unless it is given.
+    """
+    budget = budget or file.meta_train.budget
     where = f"algorithms.{algorithm}.{budget}"
     algorithms.learner_class(algorithm)
     try:
-        sections = file.algorithms[algorithm][budget]
-        values = _merge(sections["common"], sections[f"s{setting_name}"])
-        counts = file.budgets[budget]
-        validation_tasks = counts.settings[f"s{setting_name}"].validation_tasks
+        shared, sections = file.budgets[budget], file.algorithms[algorithm][budget]
+        common = sections["common"]
     except KeyError as error:
         raise ValueError(f"{FILE} has no {error.args[0]} where {where} or budgets.{budget} needs one") from None
+    if strange := [key for key in sections if key != "common" and not key.startswith("s")]:
+        raise ValueError(f"{where}.{strange[0]} is neither common nor a setting (5w1s is written s5w1s)")
+    measured = counts(file, setting_name, budget)
+    own = _merge(sections.get(f"s{setting_name}") or {}, _nested(changes or {}))
+    outer = {"validations": measured.validations} | shared.outer
+    values = _merge(common, own)
+    if (values.get("outer") or {}).get("optimiser", "muon") != "muon":  # the budget's rates of Muon are not for it
+        outer = {key: value for key, value in outer.items() if not key.startswith("kernel_")}
+    values = _merge({"network": shared.network, "outer": outer}, values)
     groups = {key: values.pop(key, None) or {} for key in ("network", "outer", "test", "train")}
     for key, group in groups.items():
         if not isinstance(group, dict):
             raise ValueError(f"{where}.{key}: a mapping is wanted, got {group!r}")
     network, outer, test, train = groups.values()
+    if "classes" in getattr(algorithms.learner_class(algorithm), "__dataclass_fields__"):
+        values.setdefault("classes", joint_classes(file))
     algorithms.build(algorithm, values)  # refuses what is missing, unknown or out of range, before anything runs
     algorithms.build(algorithm, values | test)
-    outer_loop = _checked(Outer, outer, f"{where}.outer")
-    drawn = file.data.glyphs
-    characters = CHARACTERS if file.data.source == "omniglot" else (drawn.background + drawn.evaluation) * drawn.characters
-    if values.get("classes", 4 * characters) < 4 * characters:
-        raise ValueError(
-            f"{where}.classes: {values['classes']}, but {characters} characters in 4 quarter turns are {4 * characters}"
-        )
+    outer_loop = checked(Outer, outer, f"{where}.outer")
     if "carried" in (values.get("moments"), test.get("moments")) and (outer_loop.optimiser != "sgd" or outer_loop.lr > 1):
         raise ValueError(
             f"{where}.moments: carried goes with outer.optimiser sgd and outer.lr of at most 1; moments stay positive"
         )
-    images = _checked(Images, train, f"{where}.train")
+    images = checked(Images, train, f"{where}.train")
     shape = setting(file, setting_name)
     shot, query = images.shot or shape.shot, images.query or shape.query
     if shot + query > DRAWERS:
         raise ValueError(f"{where}.train: {shot} support and {query} query images of a class, but each has only {DRAWERS}")
     made = Cell(
+        algorithm=algorithm,
+        setting=setting_name,
+        budget=budget,
         learner=values,
         test=test,
         network=network,
@@ -191,11 +219,18 @@ def cell(file: File, algorithm: str, setting_name: str) -> Cell:
         tf32=file.meta_train.tf32,
         train_shot=shot,
         train_query=query,
-        seeds=[file.meta_train.seed + i for i in range(counts.seeds)],
-        validation_tasks=validation_tasks,
+        seeds=[file.meta_train.seed + i for i in range(shared.seeds)],
+        validation_tasks=measured.validation_tasks,
+        own=sorted(_dotted(own)),
     )
     make_network(made, way=2, image_size=file.data.image_size)
     return made
+
+
+def joint_classes(file: File) -> int:
+    """Classes of joint training: every character of the data in 4 quarter turns."""
+    drawn = file.data.glyphs
+    return 4 * (CHARACTERS if file.data.source == "omniglot" else (drawn.background + drawn.evaluation) * drawn.characters)
 
 
 def study(file: File, name: str, kind: type[T]) -> T:
@@ -203,26 +238,37 @@ def study(file: File, name: str, kind: type[T]) -> T:
     if name not in file.studies:
         raise ValueError(f"{FILE} has no studies.{name}")
     section = file.studies[name]
-    return _checked(kind, getattr(section, section.budget), f"studies.{name}.{section.budget}")
+    return checked(kind, _merge(section.common, getattr(section, section.budget)), f"studies.{name}.{section.budget}")
 
 
 def make_network(cell: Cell, *, way: int, image_size: int) -> Conv4:
     """The cell's network; ValueError names a wrong value."""
-    return _checked(Conv4, {"way": way, "image_size": image_size} | cell.network, "network")
+    return checked(Conv4, {"way": way, "image_size": image_size} | cell.network, "network")
 
 
-def _checked(kind: type[T], values: dict[str, Any], where: str) -> T:
-    """kind(**values); ValueError names a wrong value."""
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        raise ValueError(describe(error, where)) from None
-
-
-def _merge(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def _merge(common: Values, own: Values) -> Values:
     """`own` over `common`, group by group."""
     merged = dict(common)
     for key, value in own.items():
         below = merged.get(key)
         merged[key] = _merge(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
     return merged
+
+
+def _nested(values: Values) -> Values:
+    """{"outer.lr": 1} -> {"outer": {"lr": 1}}."""
+    found: Values = {}
+    for name, value in values.items():
+        for key in reversed(name.split(".")):
+            value = {key: value}
+        found = _merge(found, value)
+    return found
+
+
+def _dotted(values: Values) -> Values:
+    """The opposite of `_nested`."""
+    found: Values = {}
+    for key, value in values.items():
+        inside = _dotted(value) if isinstance(value, dict) else {}
+        found |= {f"{key}.{name}": part for name, part in inside.items()} or {key: value}
+    return found

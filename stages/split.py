@@ -42,16 +42,11 @@ def main(setting: Annotated[str, typer.Argument(help="for instance 5w1s")]) -> N
             raise ValueError(f"setting {setting}, {part} characters of split.scheme {file.split.scheme}: {error}") from None
         for name, index in drawn._asdict().items():
             arrays[f"{part}_{name}"] = index.numpy().astype(np.int16)  # at most 1,623 characters
-    protocol = {
-        "data": characters.source,
-        "images": characters.drawn,
-        "split": file.split.scheme,
-        "test_rotations": file.tasks.rotations,
-        **shape.model_dump(),
-    }
-    files.save_arrays(
-        files.tasks_file(setting), **classes._asdict(), **arrays, **{f"protocol_{k}": v for k, v in protocol.items()}
+    protocol = tasks.Protocol(
+        characters.source, characters.drawn, file.split.scheme, file.tasks.rotations, shape.way, shape.shot, shape.query
     )
+    kept = {f"protocol_{name}": value for name, value in protocol._asdict().items()}
+    files.save_arrays(files.tasks_file(setting), **classes._asdict(), **arrays, **kept)
     sizes = " / ".join(str(len(part)) for part in classes)
     console.print(f"{files.tasks_file(setting)}: {sizes} characters to train, validate, test ({file.split.scheme})")
 

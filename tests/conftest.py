@@ -25,7 +25,9 @@ TINY = {
     "split.test": 8,
     "tasks.validation": 5,
     "tasks.test": 7,
-    "budgets.quick.settings.s5w1s": {"validation_tasks": 4, "test_tasks": 6},
+    "budgets.quick.counts.common": {"validations": 2, "validation_tasks": 4, "test_tasks": 6},
+    "budgets.quick.counts.s5w1s": None,
+    "budgets.quick.network.filters": 4,
     "budgets.quick.seeds": 2,
 }
 
@@ -49,17 +51,16 @@ def change(file: Path, values: dict[str, Any]) -> None:
 def shrink(file: Path) -> None:
     """Make a params.yaml tiny: glyphs, a few tasks, a few meta-steps of a thin network, for every algorithm there is."""
     values = dict(TINY)
-    for name in YAML(typ="safe").load(file)["algorithms"]:
-        common = f"algorithms.{name}.quick.common"
-        values |= {f"{common}.network.filters": 4, f"algorithms.{name}.quick.s5w1s": {"outer": {
-            "meta_steps": 4, "meta_batch": 2, "validate_every": 2,
-        }}}  # fmt: skip
+    for name, section in YAML(typ="safe").load(file)["algorithms"].items():
+        steps = min(4, section["quick"]["common"]["outer"]["meta_steps"])
+        own = {"outer": {"meta_steps": steps, "meta_batch": 2, "validations": 2}}
+        values[f"algorithms.{name}.quick.s5w1s"] = own
     change(file, values)
 
 
 def copy_project(folder: Path) -> None:
     """The project's code and pipeline, without data and results, for tests that run DVC or add to the code."""
-    names = ("metalib", "stages", "tests", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml")
+    names = ("metalib", "stages", "studies", "tests", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml")
     for name in (*names, "params.yaml", "pyproject.toml"):
         source, target = ROOT / name, folder / name
         target.parent.mkdir(exist_ok=True)

@@ -15,13 +15,13 @@ def test_the_committed_file_serves_every_algorithm_setting_and_budget(monkeypatc
     file = params.read()
     assert sorted(file.algorithms) == algorithms.names()
     for budget in file.budgets:
-        switched = file.model_copy(update={"meta_train": file.meta_train.model_copy(update={"budget": budget})})
         for name in file.algorithms:
-            for setting in file.tasks.settings:
-                cell = params.cell(switched, name, setting[1:])
+            for setting in file.settings:
+                cell = params.cell(file, name, setting, budget)
+                counts = params.counts(file, setting, budget)
                 assert len(cell.seeds) == file.budgets[budget].seeds
                 assert cell.validation_tasks <= file.tasks.validation
-                assert file.budgets[budget].settings[setting].test_tasks <= file.tasks.test
+                assert counts.test_tasks <= file.tasks.test
 
 
 @pytest.mark.parametrize(("values", "complaint"), [
@@ -36,9 +36,12 @@ def test_the_committed_file_serves_every_algorithm_setting_and_budget(monkeypatc
     ({"algorithms__maml__quick__common__test": {"inner_steps": 1.5}}, "maml.inner_steps: Input should be a valid integer"),
     ({"algorithms__maml__quick__common__outer__lr": -1e-3}, "outer.lr: Input should be greater than 0, got -0.001"),
     ({"algorithms__maml__quick__common__outer__optimizer": "adam"}, "outer.optimizer is not a parameter here"),
-    ({"algorithms__maml__quick__common__network__features": "max"}, "features: Input should be 'flatten' or 'mean'"),
-    ({"algorithms__maml__quick__s5w1s": None}, "params.yaml has no s5w1s where algorithms.maml.quick"),
-    ({"tasks__settings__s5w1s__query": 25}, "tasks.settings.s5w1s.query: 25 queries and 1 support images"),
+    ({"budgets__quick__network__features": "max"}, "features: Input should be 'flatten' or 'mean'"),
+    ({"algorithms__maml__quick__common": None}, "params.yaml has no common where algorithms.maml.quick"),
+    ({"algorithms__maml__quick__own": {}}, "algorithms.maml.quick.own is neither common nor a setting"),
+    ({"budgets__quick__outer__optimiser": "adam"}, "kernel_lr and kernel_decay go with optimiser muon"),
+    ({"budgets__quick__counts__s5w1s": {"tasks": 3}}, "budgets.quick.counts.tasks is not a parameter here"),
+    ({"tasks__query": 25}, "tasks.query: 25 queries and 1 support images"),
 ])  # fmt: skip
 def test_what_is_wrong_is_named(edit: Edit, values: dict[str, Any], complaint: str) -> None:
     edit(**values)
@@ -50,8 +53,7 @@ def test_what_is_wrong_is_named(edit: Edit, values: dict[str, Any], complaint: s
 
 
 @pytest.mark.parametrize(("name", "values", "complaint"), [
-    ("finetune", {"quick__common__classes": 100}, "finetune.quick.classes: 100, but 35 characters in 4 quarter turns are 140"),
-    ("reptile", {"quick__common__moments": "carried"}, "reptile: moments: carried goes with inner_optimiser adam alone"),
+    ("reptile", {"quick__common__moments": "carried"}, "reptile: moments"),
     ("reptile", {"quick__common__moments": "carried", "quick__common__inner_optimiser": "adam"},
      "reptile.quick.moments: carried goes with outer.optimiser sgd"),
     ("reptile", {"quick__common__train": {"shot": 20}}, "reptile.quick.train: 20 support and 1 query images of a class"),
@@ -75,13 +77,41 @@ def test_numbers_are_yaml_1_2(edit: Edit, tmp_path: Path) -> None:
     assert params.cell(params.read(), "maml", "5w1s").learner["inner_lr"] == 0.4
 
 
-def test_a_setting_lies_over_the_common_values_group_by_group(edit: Edit) -> None:
-    edit(algorithms__maml__quick__s5w1s={"inner_lr": 0.7, "outer": {"meta_steps": 9}})
+def test_values_lie_over_each_other_group_by_group(edit: Edit) -> None:
+    """What the budget shares, the algorithm's common values, those of the setting; which came from the last is known."""
+    edit(algorithms__maml__quick__s5w1s={"inner_lr": 0.7, "outer": {"meta_steps": 9}}, budgets__quick__outer__lr=0.5)
     cell = params.cell(params.read(), "maml", "5w1s")
     other = params.cell(params.read(), "maml", "20w1s")
-    assert (cell.learner["inner_lr"], cell.outer.meta_steps) == (0.7, 9)
-    assert cell.outer.lr == other.outer.lr
+    assert (cell.learner["inner_lr"], cell.outer.meta_steps, cell.own) == (0.7, 9, ["inner_lr", "outer.meta_steps"])
+    assert cell.outer.lr == other.outer.lr == 0.5
     assert other.learner["inner_lr"] == 0.4
+
+
+def test_an_optimiser_of_its_own_does_not_want_the_rates_of_muon(edit: Edit) -> None:
+    edit(algorithms__maml__quick__common__outer__optimiser="adam")
+    outer = params.cell(params.read(), "maml", "5w1s").outer
+    assert (outer.optimiser, outer.kernel_lr) == ("adam", None)
+
+
+def test_changes_lie_over_everything(edit: Edit) -> None:
+    edit()
+    cell = params.cell(params.read(), "maml", "5w1s", "paper", {"inner_lr": 0.5, "outer.meta_steps": 7})
+    assert (cell.budget, cell.learner["inner_lr"], cell.outer.meta_steps) == ("paper", 0.5, 7)
+
+
+def test_joint_classes_are_those_of_the_data(edit: Edit) -> None:
+    edit()
+    assert params.cell(params.read(), "finetune", "5w1s").learner["classes"] == 4 * 7 * 5
+    edit(data__source="omniglot")
+    assert params.cell(params.read(), "finetune", "5w1s").learner["classes"] == 4 * 1623
+
+
+def test_a_setting_of_ones_own_is_one_edit(edit: Edit) -> None:
+    edit(settings=["5w1s", "10w2s"])
+    file = params.read()
+    assert params.setting(file, "10w2s") == params.Setting(way=10, shot=2, query=2)
+    for name in file.algorithms:
+        assert params.cell(file, name, "10w2s").outer.meta_steps >= 0
 
 
 @pytest.mark.parametrize(("name", "complaint"), [

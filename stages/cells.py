@@ -1,0 +1,33 @@
+"""Resolve params.yaml: the values that each algorithm is trained with in each setting, one small file for each cell."""
+
+import typer
+
+from stages import files, params
+from stages.command import console, one_sentence
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+@one_sentence
+def main() -> None:
+    """Write data/cells: <setting>/<algorithm>.json, what a training reads; <setting>.json, the number of test tasks; protocols.json.
+
+    Trainings depend on these files and not on params.yaml, so that a changed value reruns the cells it reaches and no others.
+    """
+    file = params.read()
+    study = file.studies["protocols"]
+    with files.whole(files.CELLS) as folder:
+        for setting in file.settings:
+            (folder / setting).mkdir(parents=True)
+            for algorithm in file.algorithms:
+                cell = params.cell(file, algorithm, setting)
+                (folder / setting / f"{algorithm}.json").write_text(cell.model_dump_json(indent=1) + "\n")
+            files.write_json(folder / f"{setting}.json", {"test_tasks": params.counts(file, setting).test_tasks})
+        cells = {name: params.cell(file, name, "5w1s", study.budget) for name in study.common["learners"]}
+        files.write_json(folder / "protocols.json", {name: cell.model_dump(mode="json") for name, cell in cells.items()})
+    console.print(f"{files.CELLS}: {len(file.algorithms)} algorithms in {len(file.settings)} settings")
+
+
+if __name__ == "__main__":
+    app()
