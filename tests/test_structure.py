@@ -117,7 +117,8 @@ def test_every_stage_names_the_code_it_imports() -> None:
 
     Seen failing with metalib/tree.py taken from meta_train's deps.
     """
-    harmless = {"metalib", "metalib.types", "metalib.complaints", "metalib.algorithms", "metalib.meters", "metalib.data"}
+    harmless = {"metalib", "metalib.types", "metalib.complaints", "metalib.algorithms", "metalib.data"}
+    harmless.add("metalib.data.omniglot")  # fetch and preprocess name it; from it the others have types and constants
     known = modules()
     for name, stage in YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"].items():
         if name in ("cells",):
