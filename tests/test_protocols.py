@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from metalib.comparison import ranking, shift
 from stages import cells, fetch, files, params, preprocess
 from studies.protocols.__main__ import app
 from studies.protocols.accuracies import shortened, task_file
@@ -20,6 +21,36 @@ TINY = {
         "share": 0.5, "seeds": 2, "test_tasks": 5, "queries": [1, 2], "schemes": ["characters", "alphabets"]
     },
 }  # fmt: skip
+
+
+def test_a_paired_shift_is_the_mean_of_differences() -> None:
+    """By hand: differences 0.2, 0, 0.1 have mean 0.1 and standard deviation 0.1, which 1.96 / sqrt 3 widens.
+
+    Seen failing with `paired` turned round.
+    """
+    before, after = torch.tensor([0.5, 0.9, 0.1]), torch.tensor([0.7, 0.9, 0.2])
+    assert shift(before, after, paired=True) == pytest.approx((0.1, 1.96 * 0.1 / 3**0.5))
+    apart = shift(before, after, paired=False)
+    assert apart.mean == pytest.approx(0.1)
+    assert apart.ci95 == pytest.approx(1.96 * ((before.var() + after.var()) / 3) ** 0.5)
+
+
+def test_a_ranking_that_is_turned_round() -> None:
+    """a > b > c becomes b > a > c: one of three pairs swapped, tau 1/3. With noise as large as the gap it is not certain.
+
+    Seen failing with the swapped pair the wrong way round in `decided`.
+    """
+    noise = 0.01 * torch.randn(200, generator=torch.Generator().manual_seed(0))
+    before = {"a": 0.9 + noise, "b": 0.8 - noise, "c": 0.5 + 0.5 * noise}
+    after = {"a": 0.8 + noise, "b": 0.9 - noise, "c": 0.5 + 0.5 * noise}
+    found = ranking(before, after)
+    assert found.order == ["b", "a", "c"]
+    assert found.tau == pytest.approx(1 / 3)
+    assert found.swapped == found.decided == [("a", "b")]
+    assert ranking(before, before).swapped == []
+    close = {"a": 0.8 + 20 * noise, "b": 0.801 - 20 * noise, "c": 0.1 + 0 * noise}
+    unsure = ranking(before, close)
+    assert unsure.swapped == [("a", "b")] and unsure.decided == []
 
 
 @pytest.fixture

@@ -22,12 +22,12 @@ class Augmentation:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OuterRates:
-    """Learning rates of the outer SGD."""
+    """Learning rates of the outer SGD; training.Outer takes no higher ones."""
 
-    leap: PositiveFloat
-    reptile: PositiveFloat
-    fomaml: PositiveFloat
-    maml: PositiveFloat
+    leap: float = Field(gt=0, le=10)
+    reptile: float = Field(gt=0, le=10)
+    fomaml: float = Field(gt=0, le=10)
+    maml: float = Field(gt=0, le=10)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -54,7 +54,7 @@ class Comparison:
     inner_batch: PositiveInt  # images in an inner step
     inner_steps: PositiveInt  # on a test task; in meta-training, too, except MAML's
     maml_steps: PositiveInt  # MAML's inner steps in meta-training
-    inner_lr: PositiveFloat
+    inner_lr: float = Field(gt=0, le=100)
     outer_lr: OuterRates
     leap: LeapChoices
     meta_steps: PositiveInt

@@ -11,10 +11,11 @@ def draw(rows: list[Row]) -> Figure:
     choices, learners = (list(dict.fromkeys(row[key] for row in rows)) for key in ("choice", "learner"))
     figure = Figure(figsize=(11, 1.6 + 0.6 * len(choices)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for i, (learner, look) in enumerate(palette.style(learners).items()):
+    looks = palette.style(learners)
+    for i, learner in enumerate(learners):
         mine = [row for row in rows if row["learner"] == learner]
         places = [k + 0.14 * (i - (len(learners) - 1) / 2) for k in range(len(choices))]
-        dots = look | {"linestyle": "none", "markersize": 5, "capsize": 2, "elinewidth": 1.2}
+        dots = looks[learner] | {"linestyle": "none", "markersize": 5, "capsize": 2, "elinewidth": 1.2}
         moved = slice(1, None)  # the reference's own shift is 0
         left.errorbar(
             [row["shift"] for row in mine[moved]], places[moved], xerr=[row["shift_ci95"] for row in mine[moved]], **dots
