@@ -1,74 +1,72 @@
 """Seconds of meta-training to 90, 95 and 97 % validation accuracy, 5-way 1-shot.
 
-Of the trained models of budget quick: their histories' meta-steps, times the measured cost of one. MAML with its published
-values is trained here, for as long as the limit allows. Validation and the start of a stage do not count.
+For the trained models of budget quick: the meta-steps in their histories, times the measured cost of one. MAML with its
+published values is trained here, for as long as the limit allows. Neither validation nor the start of a stage counts.
 """
 
 import csv
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from benchmarks import rates, report
+from benchmarks import report, step_cost
 from metalib.training import Progress
-from stages import files, meta_train, params
-from stages.command import device, keep_heap, one_sentence, tensor_float
+from stages import command, files, meta_train, params
 
 SETTING = "5w1s"
 GOALS = (90, 95, 97)  # %
-HEAD = ["learner", "budget", "ms per meta-step", *(f"{goal} %" for goal in GOALS), "best", "at"]
+HEAD = ["learner", "budget", "meta-steps", "ms per meta-step", *(f"{goal} %" for goal in GOALS), "best", "at"]
+Curve = list[tuple[int, float]]
+"""(meta-step, validation accuracy in %) of each validation."""
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
-@one_sentence
+@command.one_sentence
 def main(
     limit: Annotated[float, typer.Option(help="seconds for MAML with its published values")] = 300.0,
     out: Annotated[Path, typer.Option()] = report.RESULTS / "accuracy.md",
 ) -> None:
     """Write a table of seconds. Needs the trained models: dvc repro compare@5w1s."""
-    where = device()
-    keep_heap()
-    tensor_float(params.read().meta_train.tf32)
-    head = report.header("Time to accuracy", "benchmarks.accuracy", where)
+    file = params.read()
+    device = command.prepared(file.meta_train.tf32)
+    head = report.header("Time to accuracy", "benchmarks.accuracy", device)
+    cells = [params.cell(file, algorithm, SETTING, budget="quick") for algorithm in file.algorithms]
+    published = params.cell(file, "maml", SETTING, budget="paper")
     rows = []
-    for algorithm, budget in [*((name, "quick") for name in params.read().algorithms), ("maml", "paper")]:
-        values = params.read().model_dump()
-        values["meta_train"]["budget"] = budget
-        values["budgets"]["paper"]["seeds"] = 1
-        cell = params.cell(params.File(**values), algorithm, SETTING)
-        cost = rates.seconds_per_step(cell, algorithm, SETTING, where)
-        curve = trained(algorithm) if budget == "quick" else train(cell, algorithm, where, steps=limit / cost)
-        rows.append(row(algorithm, budget, cost, list(curve)))
+    for cell in [*cells, published.model_copy(update={"seeds": published.seeds[:1]})]:
+        cost = step_cost.seconds_per_step(cell, device)
+        curve = trained(cell) if cell.budget == "quick" else list(train(cell, device, steps=limit / cost))
+        rows.append(row(cell, cost, curve))
         typer.echo(" ".join(rows[-1]))
         report.write(
             out,
             head,
-            f"{SETTING}, one seed: seconds of meta-training until validation, a few times in a training, first found so much; "
-            "the best accuracy, and the seconds to it.",
-            report.table(HEAD, rows, 2),
+            f"{SETTING}, one seed: seconds of meta-training until a validation first finds an accuracy; there are only a few "
+            "validations in a training. Then the best accuracy, and the seconds to it.",
+            report.table(HEAD, rows, left=2),
         )
 
 
-def trained(algorithm: str) -> Iterable[tuple[int, float]]:
-    """(meta-steps, validation accuracy in %) from the history of a trained model."""
-    path = files.model_folder(SETTING, algorithm) / "seed0.csv"
+def trained(cell: params.Cell) -> Curve:
+    """From the history of a trained model."""
+    path = files.model_folder(cell.setting, cell.algorithm) / f"seed{cell.seeds[0]}.csv"
     try:
         with open(path) as file:
             return [(int(row["step"]), float(row["validation"])) for row in csv.DictReader(file) if row["validation"]]
     except OSError:
-        raise ValueError(f"{path} is missing; make it with: dvc repro meta_train@{algorithm}-{SETTING}") from None
+        raise ValueError(f"{path} is missing; make it with: dvc repro meta_train@{cell.algorithm}-{cell.setting}") from None
 
 
-def train(cell: params.Cell, algorithm: str, where: torch.device, steps: float) -> Iterable[tuple[int, float]]:
-    """The same of a training that is broken off after so many meta-steps."""
-    outer = dataclasses.replace(cell.outer, validate_every=250)
+def train(cell: params.Cell, device: torch.device, steps: float) -> Iterator[tuple[int, float]]:
+    """The same from a training that is broken off after `steps` meta-steps."""
+    outer = dataclasses.replace(cell.outer, validations=max(1, cell.outer.meta_steps // 250))
     cell = cell.model_copy(update={"outer": outer})
-    for now in meta_train.train(cell, algorithm, SETTING, files.load_tasks(SETTING), cell.seeds, where, None):
+    for now in meta_train.train(cell, files.load_tasks(SETTING), device):
         if isinstance(now, Progress):
             if now.validation:
                 yield now.step, 100 * now.validation[0]
@@ -76,10 +74,11 @@ def train(cell: params.Cell, algorithm: str, where: torch.device, steps: float) 
                 return
 
 
-def row(algorithm: str, budget: str, cost: float, curve: list[tuple[int, float]]) -> list[str]:
+def row(cell: params.Cell, cost: float, curve: Curve) -> list[str]:
     reached = [next((f"{cost * step:.0f}" for step, accuracy in curve if accuracy >= goal), "") for goal in GOALS]
     best, at = max(((accuracy, step) for step, accuracy in curve), default=(0.0, 0))
-    return [algorithm, budget, f"{1000 * cost:.1f}", *reached, f"{best:.2f}", f"{cost * at:.0f}"]
+    last = max((step for step, _ in curve), default=0)
+    return [cell.algorithm, cell.budget, str(last), f"{1000 * cost:.1f}", *reached, f"{best:.2f}", f"{cost * at:.0f}"]
 
 
 if __name__ == "__main__":

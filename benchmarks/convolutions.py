@@ -1,4 +1,4 @@
-"""Which road is fastest on this device for each convolution of metalib/models/wide.py and its two derivatives."""
+"""Which implementation is fastest on this device for each convolution of metalib/models/wide.py and its two derivatives."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +13,8 @@ from benchmarks.timing import alternate, median, prepared
 from metalib.models import wide
 from stages.command import one_sentence
 
-LAYERS = {2: 14, 3: 7, 4: 4}  # pixels along a side; 64 channels, stride 2. The first layer is a matrix product of its own
-CALLS = 10  # in a row for one time, so that a GPU is kept busy
+LAYERS = {2: 14, 3: 7, 4: 4}  # pixels along a side; 64 channels, stride 2. The first layer is computed as one matrix product
+CALLS = 10  # timed together, to keep a GPU busy
 Products = dict[str, Callable[[], Tensor]]
 app = typer.Typer(add_completion=False)
 
@@ -23,44 +23,44 @@ app = typer.Typer(add_completion=False)
 @one_sentence
 def main(
     tasks: Annotated[list[int], typer.Option(min=2)] = [16, 96],  # noqa: B006
-    images: Annotated[list[int], typer.Option(min=1, help="of a task")] = [5, 25],  # noqa: B006
+    images: Annotated[list[int], typer.Option(min=1, help="in a task")] = [5, 25],  # noqa: B006
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     out: Annotated[Path, typer.Option()] = report.RESULTS / "convolutions.md",
 ) -> None:
-    """Write a table of times: one row for each layer and product, a column for each road."""
-    where = prepared(threads)
-    head = report.header("Roads of a convolution", "benchmarks.convolutions", where)
+    """Write a table of times: a row for each layer and product, a column for each implementation."""
+    device = prepared(threads)
+    head = report.header("Implementations of a convolution", "benchmarks.convolutions", device)
     rows = list[list[str]]()
     names = list[str]()
     for t in tasks:
         for b in images:
             for layer, size in LAYERS.items():
                 typer.echo(f"{t} tasks of {b} images, layer {layer}")
-                products = roads(t, b, size, 64, where)
+                products = implementations(t, b, size, 64, device)
                 agree(products)
                 for product, calls in products.items():
-                    found = alternate({name: in_a_row(call) for name, call in calls.items()}, repeats, where)
+                    found = alternate({name: in_a_row(call) for name, call in calls.items()}, repeats, device)
                     micro = {name: 1e6 * median(found[name]) / CALLS for name in calls}
                     names = list(calls)
                     rows.append([str(t), str(b), str(layer), product, *(f"{micro[name]:.0f}" for name in names)])
     report.write(
         out,
         head,
-        "Microseconds of a product of the strided network, every task with kernels of its own, float32. `wide`: as wide.py "
-        "computes it. grouped: PyTorch's convolution with a group for each task, in either memory order, without the copies "
-        "from one to the other. bmm: batched matrix products over patches or taps, with their copies.",
-        report.table(["tasks", "images", "layer", "product", *names], rows, 4),
+        "Microseconds for a product of the strided network in float32, each task with kernels of its own. `wide`: as in "
+        "wide.py. grouped: PyTorch's convolution with a group for each task, in either memory order, without the copies from "
+        "one order to the other. bmm: batched matrix products over patches or taps, with their copies.",
+        report.table(["tasks", "images", "layer", "product", *names], rows, left=4),
     )
     typer.echo(f"written: {out}")
 
 
-def roads(tasks: int, images: int, size: int, channels: int, where: torch.device) -> dict[str, Products]:
-    """Each product by each road; every call returns it as wide.py does."""
-    random = torch.Generator(where).manual_seed(0)
+def implementations(tasks: int, images: int, size: int, channels: int, device: torch.device) -> dict[str, Products]:
+    """Calls that compute each product: {product: {name: call}}. Each returns it in the layout of wide.py."""
+    random = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random, device=where)
+        return torch.randn(*shape, generator=random, device=device)
 
     half = -(-size // 2)
     x, w = normal(images, size, size, tasks * channels), normal(tasks, 64, 3, 3, channels)
@@ -99,7 +99,7 @@ def roads(tasks: int, images: int, size: int, channels: int, where: torch.device
 
 
 def agree(products: dict[str, Products]) -> None:
-    """AssertionError where a road leads elsewhere."""
+    """AssertionError if an implementation computes something else."""
     for product, calls in products.items():
         want = calls["wide"]()
         for name, call in calls.items():

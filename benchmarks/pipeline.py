@@ -1,4 +1,4 @@
-"""What the pipeline costs when it has nothing to compute: the start of each stage, and `dvc repro` with all up to date."""
+"""What the pipeline costs when there is nothing to compute: the start of each stage, and `dvc repro` with all up to date."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from benchmarks import report
 from benchmarks.timing import alternate, median
 from stages.command import one_sentence
 
-CPU = torch.device("cpu")  # there is no accelerator to wait for
+CPU = torch.device("cpu")  # no accelerator to wait for
 app = typer.Typer(add_completion=False)
 
 
@@ -34,7 +34,7 @@ def main(
     if not pipeline.exists():
         raise ValueError(f"{pipeline} is not in this folder; run from the project's root")
     head = report.header("Pipeline", "benchmarks.pipeline", CPU)
-    modules = dict.fromkeys(re.findall(r"python -m (stages\.\w+)", pipeline.read_text()))
+    modules = dict.fromkeys(re.findall(r"python -m ((?:stages|studies)\.\w+)", pipeline.read_text()))
     calls = {"python -c pass": python("-c", "pass"), "python -c 'import torch'": python("-c", "import torch")}
     calls |= {f"python -m {module} --help": python("-m", module, "--help") for module in modules}
     calls["dvc --version"] = python("-m", "dvc", "--version")
@@ -51,7 +51,7 @@ def main(
 
 
 def repro_seconds(repeats: int) -> tuple[dict[str, list[float | None]], str]:
-    """`dvc status` and `dvc repro` with nothing to do; or why that was not timed, for repro would then compute."""
+    """Of `dvc status` and `dvc repro`, and a remark. Nothing is timed while a stage is out of date: repro would run it."""
     status = subprocess.run([sys.executable, "-m", "dvc", "status", "--json"], capture_output=True, text=True)
     if status.returncode:
         return {}, f"`dvc status` failed, so `dvc repro` was not timed: {status.stderr.strip().splitlines()[-1]}"

@@ -1,8 +1,9 @@
-"""A results file: what was run on what, then tables in Markdown."""
+"""A results file: what was run, on which commit and machine, then tables in Markdown."""
 
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -10,16 +11,18 @@ from pathlib import Path
 
 import torch
 
+from stages import tables
 from stages.command import device_name
 
 RESULTS = Path("benchmarks/results")
 
 
 def header(title: str, module: str, device: torch.device, versions: Mapping[str, str] | None = None) -> str:
-    """Title, command, device, threads, versions, and how busy the machine was."""
+    """Title; the command that writes the whole file; commit, device, threads, versions and the load when it began."""
     packages = {"Python": platform.python_version(), "torch": version("torch")} | dict(versions or {})
     chosen = [f"{name}={os.environ[name]}" for name in ("METALIB_DEVICE", "METALIB_ENGINE") if name in os.environ]
     facts = [
+        f"commit {commit()}",
         device_name(device),
         f"threads: {torch.get_num_threads()}",
         ", ".join(f"{name} {number}" for name, number in packages.items()),
@@ -29,10 +32,22 @@ def header(title: str, module: str, device: torch.device, versions: Mapping[str,
     return f"# {title}\n\n`{command}`\n\n{'; '.join(facts)}."
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]], words: int = 1) -> str:
-    """A Markdown table; the first `words` columns are words, the others numbers."""
-    rule = [":--" if column < words else "--:" for column in range(len(head))]
-    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in (head, rule, *rows))
+def commit() -> str:
+    """The short hash of HEAD, with "+" if tracked code or parameters have changed since; "none" outside of git."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.cpp", "*.yaml")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> str:
+    """A Markdown table of any values, the first `left` columns aligned to the left."""
+    return tables.markdown(list(head), [[str(value) for value in row] for row in rows], left=left)
 
 
 def write(path: Path, *parts: str) -> None:

@@ -1,40 +1,38 @@
-"""Calls timed in turn, in one process: what slows the machine for a while then slows them all."""
+"""Calls timed in turn, in one process, so that whatever slows the machine for a while slows all of them."""
 
 import statistics
 from collections.abc import Callable, Mapping
 
 import torch
 
-from metalib.studies.cost import seconds
-from stages.command import device, keep_heap, tensor_float
+from metalib import meters
+from stages import command
 
 Seconds = list[float | None]
-"""A call's duration in each round; None where it was left out."""
+"""A call's duration in each round; None where the call was left out."""
 
 
 def prepared(threads: int) -> torch.device:
-    """The device; the process is set up as a training's, which the alternatives gain by as well."""
-    where = device()
-    if where.type == "mps":
+    """The device, with the process set up as for a training. The alternatives profit from that, too."""
+    device = command.prepared()
+    if device.type == "mps":
         raise ValueError("mps has no float64 to compare gradients in; use METALIB_DEVICE=cpu")
     torch.set_num_threads(threads)
-    tensor_float(False)
-    keep_heap()
-    return where
+    return device
 
 
 def alternate(
-    calls: Mapping[str, Callable[[], object]], repeats: int, where: torch.device, limit: float = float("inf")
+    calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, limit: float = float("inf")
 ) -> dict[str, Seconds]:
-    """`repeats` rounds, after one that does not count. A call that has used `limit` seconds is left out of further rounds."""
+    """`repeats` rounds, after one that does not count. A call that would exceed `limit` seconds sits out further rounds."""
     found: dict[str, Seconds] = {name: [] for name in calls}
     for call in calls.values():
-        seconds(call, where)
+        meters.seconds(call, device)
     for _ in range(repeats):
         for name, call in calls.items():
             used = [seconds for seconds in found[name] if seconds is not None]
             another = not used or sum(used) + used[-1] <= limit
-            found[name].append(seconds(call, where) if another else None)
+            found[name].append(meters.seconds(call, device) if another else None)
     return found
 
 

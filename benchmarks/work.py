@@ -1,6 +1,7 @@
 """The work that is timed: one meta-gradient of a learner on random images, without sampling or an outer step.
 
-W1 to W9 are meta-gradients of the publications' settings; a second table has every learner once, in one setting.
+W1 to W9 are in the settings of the publications; a second table has each learner once, all in one setting. A learner without
+an item is not timed, and `speed` says so.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from metalib import algorithms
 from metalib.models.conv4 import Conv4
 from metalib.types import MetaLearner, Params, TaskBatch
 
-INK = 0.1  # the part of an Omniglot image that is ink, about
+INK = 0.1  # about the part of an Omniglot image that is ink
 CHARACTER_CLASSES = 6492  # 4 quarter turns of 1,623 characters
 
 
@@ -34,12 +35,12 @@ class Item:
         return algorithms.build(self.learner, self.hyper)
 
     def network(self) -> Conv4:
-        """MAML's head has weights of unit variance, all others are Glorot's."""
+        """MAML's head starts with weights of unit variance, all others with Glorot's."""
         normal = self.learner in ("maml", "fomaml")
         return Conv4(way=self.way, features="mean", head_init="normal" if normal else "glorot")
 
     def data(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Params, TaskBatch]:
-        """Meta-parameters and tasks, the same in every call whatever the device and type."""
+        """Meta-parameters and tasks, the same in every call, on every device and in either type."""
         random = torch.Generator().manual_seed(0)
         weights = {name: value.to(device, dtype) for name, value in self.network().init(random).items()}
 
@@ -57,7 +58,7 @@ def _descent(steps: int, lr: float = 0.4, **more: Any) -> dict[str, Any]:
 
 
 def _implicit(steps: int) -> dict[str, Any]:
-    """The paper's: exact, 5 steps of CG, lambda 2."""
+    """As published: no damping, 5 steps of CG, lambda 2."""
     return _descent(
         steps, 0.1, inner_optimiser="sgd", proximal="each", lam=2.0, solver="cg", cg_steps=5, damping=0.0, lam_damping=0.0
     )
@@ -84,8 +85,8 @@ PAPERS = {
     "W9": Item("leap", way=20, shot=15, query=1, tasks=20, hyper=_leap(100, 0.1, batch=20)),
 }
 
-# 5-way 1-shot with 16 tasks and as many inner steps as in budget `quick`; Reptile and Leap have their ten images of a class
-EVERY_LEARNER = {
+# 5-way 1-shot, 16 tasks, inner steps about those of budget `quick`; Reptile and Leap have their ten images of each class
+LEARNERS = {
     item.learner: item
     for item in (
         Item("anil", 5, 1, 1, 16, _descent(3)),
@@ -103,11 +104,11 @@ EVERY_LEARNER = {
     )
 }
 
-ITEMS = PAPERS | EVERY_LEARNER
+ITEMS = PAPERS | LEARNERS
 
 
 def find(names: str) -> dict[str, Item]:
-    """Comma-separated names of items, or "all"; ValueError for a name that is none."""
+    """The items of comma-separated names, or of "all"; ValueError for an unknown name."""
     wanted = list(ITEMS) if names == "all" else names.split(",")
     if unknown := [name for name in wanted if name not in ITEMS]:
         raise ValueError(f"--items: {', '.join(unknown)} is not among {', '.join(ITEMS)}")
