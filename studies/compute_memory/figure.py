@@ -1,7 +1,6 @@
 """The study's figure: memory above time, a column for each engine."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -15,17 +14,15 @@ def draw(points: Sequence[Point], device: torch.device) -> Figure:
     """Both scales are logarithmic and shared by the engines, so that their columns can be compared."""
     engines = list(dict.fromkeys(point.engine for point in points))
     names = list(dict.fromkeys(point.method for point in points))
-    looks: dict[str, dict[str, Any]] = palette.style(names)
-    for name in names[::2]:
-        looks[name] |= {"linestyle": "--"}  # so that a solid curve beneath shows
+    looks = palette.style(names)
     figure = Figure(figsize=(1.5 + 4.5 * len(engines), 8), layout="constrained")
     axes = figure.subplots(2, len(engines), sharex=True, sharey="row", squeeze=False)
     for (memory, duration), engine in zip(axes.T, engines, strict=True):
-        for name, look in looks.items():
+        for name in names:
             line = [point for point in points if (point.engine, point.method) == (engine, name)]
             steps = [point.steps for point in line]
-            memory.plot(steps, [point.mb for point in line], label=name, **look)
-            duration.plot(steps, [point.seconds for point in line], **look)
+            memory.plot(steps, [point.mb for point in line], label=name, markersize=5, **looks[name])
+            duration.plot(steps, [point.seconds for point in line], markersize=5, **looks[name])
         place = f"engine {engine}" if device.type == "cpu" else device.type
         memory.set(title=f"peak memory, {place}", xscale="log", yscale="log")
         duration.set(title=f"time, {place}", yscale="log", xlabel="inner steps (Hessian-free: Newton directions)")

@@ -12,8 +12,8 @@ from studies.update_contents.combinations import COMBINATIONS, Measured
 from studies.update_contents.expansions import EXPECTED, Row
 
 LABELS = {"maml": "MAML", "fomaml": "FOMAML", "reptile": "Reptile"}
-LOOKS: dict[str, dict[str, Any]] = palette.style([*LABELS, "g1", "g2", "g3", "g4"])  # no colour means two things
-LEARNERS = {name: LOOKS[name] for name in LABELS}
+LEARNERS: dict[str, dict[str, Any]] = palette.style(list(LABELS))
+COUNTS = palette.COLOURS[len(LABELS) :]  # of gradients in a combination: other colours than the learners'
 ALPHAS: list[dict[str, Any]] = [  # measured values, the smallest alpha first; lines alone are the slide's
     {"linestyle": "none"},
     {"linestyle": "--", "markerfacecolor": "none", "linewidth": 0.8},
@@ -27,7 +27,8 @@ def draw(rows: Sequence[Row], curves: Sequence[Measured]) -> Figure:
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.5))
     ks = sorted({row.k for row in rows})
     alphas = sorted({row.alpha for row in rows})
-    for i, (name, look) in enumerate(LEARNERS.items()):
+    for i, name in enumerate(LABELS):
+        look = LEARNERS[name]
         for axis, which in ((left, 0), (middle, 1)):
             expected = [EXPECTED[name](k)[which] for k in ks]
             axis.plot(ks, expected, color=look["color"], linewidth=3.5 - i, alpha=0.5)  # thinner on top where two coincide
@@ -44,14 +45,14 @@ def draw(rows: Sequence[Row], curves: Sequence[Measured]) -> Figure:
     last: dict[str, Measured] = {}
     for name, weights in COMBINATIONS.items():
         points = [m for m in curves if m.combination == name]
-        colour = LOOKS[f"g{len(weights)}"]["color"]
+        colour = COUNTS[len(weights)]
         line = "-" if weights[0] == 1 else ":" if weights[0] == 0 else "--"
         right.plot([m.step for m in points], [100 * m.accuracy for m in points], color=colour, linestyle=line, marker=".")
         last[name] = points[-1]
     bottom, top = right.get_ylim()
     places = spread([100 * m.accuracy for m in last.values()], 0.04 * (top - bottom))
     for (name, point), y in zip(last.items(), places, strict=True):
-        colour = LOOKS[f"g{len(COMBINATIONS[name])}"]["color"]
+        colour = COUNTS[len(COMBINATIONS[name])]
         right.annotate(
             name, (point.step, 100 * point.accuracy), (1.04 * point.step, y), color=colour, fontsize="x-small", va="center",
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0},
@@ -61,12 +62,12 @@ def draw(rows: Sequence[Row], curves: Sequence[Measured]) -> Figure:
     right.set(xlim=(0, 1.3 * end), xticks=[tick for tick in right.get_xticks() if 0 <= tick <= end])
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
-    keys = [Line2D([], [], **look, label=LABELS[name]) for name, look in LEARNERS.items()]
+    keys = [Line2D([], [], **LEARNERS[name] | {"linestyle": "-"}, label=label) for name, label in LABELS.items()]
     keys.append(Line2D([], [], color="grey", linewidth=2, label="the slide's"))
     for style, alpha in zip(ALPHAS, alphas, strict=False):
         keys.append(Line2D([], [], color="grey", marker="o", **style, label=f"measured, alpha = {alpha:g}"))
     figure.legend(handles=keys, loc="outside lower left", ncols=3, fontsize="small", frameon=False)
-    adding = {"sum": "-", "mean": "--", "last gradient alone": ":"}
+    adding: dict[str, Any] = {"sum": "-", "mean": "--", "last gradient alone": ":"}
     keys = [Line2D([], [], color="grey", linestyle=line, label=name) for name, line in adding.items()]
     figure.legend(handles=keys, loc="outside lower right", ncols=3, fontsize="small", frameon=False)
     return figure
