@@ -1,4 +1,4 @@
-"""The study update_contents: coefficients on a smooth loss, combinations beside the library's own learners, and its stage."""
+"""The study update_contents: coefficients on a smooth loss, combinations against the library's learners, and the command."""
 
 import csv
 import json
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from metalib import algorithms, tree
-from metalib.studies import combinations, expansions
 from metalib.types import Params, TaskBatch
-from stages import fetch, preprocess, split, update_contents
+from stages import fetch, preprocess, split
+from studies.update_contents import combinations, expansions
+from studies.update_contents.__main__ import app
 from tests import problems
 from tests.conftest import Edit, Stage
 
@@ -61,8 +62,7 @@ def test_the_chunk_changes_nothing() -> None:
 def test_combinations_are_the_learners() -> None:
     """The sum is Reptile's update, the last gradient FOMAML's, the first that of joint training; each replica has its own.
 
-    Seen failing with the weights of the replicas exchanged, with gradients taken at the initial weights, and with InTurn
-    taking the same mini-batch in every call.
+    Seen failing with the weights of the replicas exchanged, and with gradients taken at the initial weights.
     """
     lr, batch = 0.1, 3
     x, y = torch.cat([X, TASKS.query_x], 1), torch.cat([Y, TASKS.query_y], 1)  # twelve images: four mini-batches
@@ -73,13 +73,12 @@ def test_combinations_are_the_learners() -> None:
         learner = combinations.Combination(weights, lr, batch)
         params = tree.map_with(lambda v: v.expand(count, *v.shape), PARAMS)
         found = learner.meta_gradient(problems.smooth_loss, params, tiled).grads
-    reptile = algorithms.build("reptile", {
-        "inner_lr": lr, "inner_steps": 4, "inner_batch": batch, "inner_optimiser": "sgd", "moments": "reset",
-    })  # fmt: skip
+    hyper = {"inner_lr": lr, "inner_batch": batch}
+    reptile = algorithms.build("reptile", hyper | {"inner_steps": 4, "inner_optimiser": "sgd"})
     total = reptile.meta_gradient(problems.smooth_loss, PARAMS, TaskBatch(x, y, x, y)).grads
-    fomaml = algorithms.build("fomaml", {"inner_lr": lr, "inner_steps": 3})
-    in_turn = expansions.InTurn(problems.smooth_loss, batch, 4)
-    last = fomaml.meta_gradient(in_turn, PARAMS, TaskBatch(x[:, :-batch], y[:, :-batch], x[:, -batch:], y[:, -batch:])).grads
+    fomaml = algorithms.build("fomaml", hyper | {"inner_steps": 3})
+    before_last = TaskBatch(x[:, :-batch], y[:, :-batch], x[:, -batch:], y[:, -batch:])
+    last = fomaml.meta_gradient(problems.smooth_loss, PARAMS, before_last).grads
     leaves = tree.detach(PARAMS)
     joint = tree.grad(problems.smooth_loss(tree.tile(leaves, 2), x[:, :batch], y[:, :batch]).mean(), leaves)
     for name, value in found.items():
@@ -92,15 +91,15 @@ def test_combinations_are_the_learners() -> None:
 
 
 SMALL = {
-    "studies__update_contents__quick__network__filters": 4,
-    "studies__update_contents__quick__coefficients__gradients": [2, 3],
+    "studies__update_contents__common__network__filters": 4,
+    "studies__update_contents__common__coefficients__gradients": [2, 3],
     "studies__update_contents__quick__coefficients__alphas": [1e-3, 1e-8],
     "studies__update_contents__quick__coefficients__draws": 2,
-    "studies__update_contents__quick__combinations__shot": 1,
+    "studies__update_contents__common__combinations__shot": 1,
     "studies__update_contents__quick__combinations__meta_steps": 4,
-    "studies__update_contents__quick__combinations__validate_every": 2,
+    "studies__update_contents__quick__combinations__validations": 2,
     "studies__update_contents__quick__combinations__validation_tasks": 2,
-    "studies__update_contents__quick__combinations__test_steps": 1,
+    "studies__update_contents__common__combinations__test_steps": 1,
 }
 
 
@@ -114,7 +113,7 @@ def test_the_study(edit: Edit, stage: Stage) -> None:
     """On a network with ReLUs the smallest alpha's coefficients are the slides' to a hundredth."""
     edit(**SMALL)
     prepare(stage)
-    said = stage(update_contents.app)
+    said = stage(app)
     assert "(g1 + ... + g4)/4: meta-step 4" in said
     folder = Path("plots/studies/update_contents")
     with open(folder / "coefficients.csv", newline="") as file:
@@ -127,8 +126,12 @@ def test_the_study(edit: Edit, stage: Stage) -> None:
         curves = list(csv.DictReader(file))
     assert [row["combination"] for row in curves if row["step"] == "4"] == list(combinations.COMBINATIONS)
     assert {row["step"] for row in curves} == {"2", "4"}
-    metrics = json.loads(Path("metrics/studies/update_contents.json").read_text())
-    assert metrics["data"] == "glyphs" and set(metrics["accuracy"]) == set(combinations.COMBINATIONS)
+    metrics = json.loads(Path("reports/studies/update_contents.metrics.json").read_text())
+    last = {row["combination"]: float(row["accuracy"]) for row in curves}
+    assert [metrics[f"accuracy_{name}"] for name in ("joint", "fomaml", "reptile")] == [
+        last[name] for name in ("g1", "g4", "g1 + ... + g4")
+    ]
+    assert metrics["largest_deviation"] < 0.1
     page = Path("reports/studies/update_contents.md").read_text()
     assert "data glyphs" in page and "2 tasks of the validation characters" in page
     assert 10_000 < Path("reports/studies/update_contents.png").stat().st_size < 200_000
@@ -141,12 +144,12 @@ def test_the_study(edit: Edit, stage: Stage) -> None:
     ({"combinations__inner_lr": 1e30}, "combinations: the query loss or the meta-gradient stopped being finite"),
 ])  # fmt: skip
 def test_bad_params_are_one_sentence(change: dict[str, object], sentence: str, edit: Edit, stage: Stage) -> None:
-    quick = {"studies__update_contents__quick__coefficients__gradients": [2]}
-    edit(**SMALL | quick | {f"studies__update_contents__quick__{key}": value for key, value in change.items()})
+    common = {"studies__update_contents__common__coefficients__gradients": [2]}
+    edit(**SMALL | common | {f"studies__update_contents__common__{key}": value for key, value in change.items()})
     prepare(stage)
-    assert sentence in stage(update_contents.app, fails=True)
+    assert sentence in stage(app, fails=True)
 
 
 def test_without_tasks_it_says_what_to_run(edit: Edit, stage: Stage) -> None:
     edit()
-    assert "dvc repro split@5w5s" in stage(update_contents.app, fails=True)
+    assert "dvc repro split@5w5s" in stage(app, fails=True)

@@ -1,7 +1,7 @@
 """Learning along combinations of the inner loop's gradients (Nichol, Achiam, Schulman 2018, section 6.2, figure 3).
 
-An inner loop of k steps of SGD, each on images of its own, leaves the gradients g_1, ..., g_k. Their sum is Reptile's
-update, the last one FOMAML's, g_1 alone is joint training; the outer step goes along any combination of them.
+An inner loop of k steps of SGD, each on new images, yields the gradients g_1, ..., g_k. Their sum is Reptile's update, the
+last one FOMAML's, and g_1 alone is joint training; the outer step may go along any combination of them.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,10 @@ from torch import Tensor
 from metalib import algorithms, evaluation, inner, training, tree
 from metalib.data import tasks
 from metalib.models.conv4 import Conv4
+from metalib.models.loss import Conv4Loss
+from metalib.randomness import generator
 from metalib.types import MetaGradient, Params, TaskBatch, TaskLoss, Watch
+from studies.update_contents import schema
 
 COMBINATIONS = {
     "g1": [1.0],
@@ -28,12 +31,12 @@ COMBINATIONS = {
     "(g1 + ... + g4)/4": [1 / 4, 1 / 4, 1 / 4, 1 / 4],
     "g4": [0.0, 0.0, 0.0, 1.0],
 }
-"""The ten that the authors compare, with the weight of each gradient."""
+"""The ten combinations that the authors compare: name -> the weight of each gradient."""
 
 
 @dataclass(frozen=True)
 class Combination:
-    """A MetaLearner for R replicas, each with a combination of its own of k gradients."""
+    """A MetaLearner for R replicas; each steps along its own combination of k gradients."""
 
     weights: Tensor  # (R, k)
     inner_lr: float
@@ -49,7 +52,7 @@ class Combination:
         )  # fmt: skip
 
     def meta_gradient(self, loss: TaskLoss, params: Params, tasks: TaskBatch, progress: Tensor | None = None) -> MetaGradient:
-        """The mean combination over each replica's tasks; its query loss is that of the last mini-batch, before its step."""
+        """The mean of the combination over each replica's tasks. The query loss is the last mini-batch's, before its step."""
         x, y = tasks.support_x, tasks.support_y
         weights = self.weights.repeat_interleave(len(x) // len(self.weights), 0)  # (T, k)
         phi = tree.detach(tree.tile(params, len(x)))
@@ -62,18 +65,6 @@ class Combination:
         return MetaGradient(tree.mean_tasks(tree.detach(total)), value.detach())
 
 
-class Protocol(NamedTuple):
-    """How the combinations are trained and tested."""
-
-    shot: int  # images of each class in an inner step
-    inner_lr: float
-    meta_step: float  # epsilon: the outer step is epsilon inner_lr times the combination; falls linearly to 0
-    meta_steps: int
-    meta_batch: int
-    validate_every: int
-    test_steps: int  # inner steps on the validation tasks, each on the whole support set
-
-
 class Measured(NamedTuple):
     combination: str
     step: int  # meta-steps done
@@ -81,51 +72,50 @@ class Measured(NamedTuple):
 
 
 def learning_curves(
+    values: schema.Combinations,
+    seed: int,
     network: Conv4,
-    params: Params,
     characters: Tensor,
     pool: Tensor,
     validation: tasks.Tasks,
-    protocol: Protocol,
-    *,
     shot: int,
-    generators: list[torch.Generator],
 ) -> Iterator[Measured]:
-    """Train each combination from the same weights (*shape) on the same tasks; yields accuracies as they are found.
+    """Train each combination from the same weights on the same tasks; yields accuracies as they are found.
+
+    Combinations of as many gradients are replicas of one training. A task for k gradients holds that for k - 1, and more
+    images.
 
     Args:
         characters: (N, drawers, H, W) uint8.   pool: (n,) those to train on, each in four rotations.
         validation: tasks to test on, with `shot` support images of each class.
-        generators: one for each number of gradients k, all in the same state: a task for k gradients has the images of that
-            for k - 1 and more.
     Raises: training.Diverged when a loss stops being finite.
     """
-    tester = algorithms.build("fomaml", {"inner_lr": protocol.inner_lr, "inner_steps": protocol.test_steps})
+    params = network.init(generator(seed, "initial weights", device=pool.device))
+    tester = algorithms.build("fomaml", {"inner_lr": values.inner_lr, "inner_steps": values.test_steps, "inner_batch": None})
     outer = training.Outer(
-        optimiser="sgd", lr=protocol.meta_step * protocol.inner_lr, schedule="linear",
-        meta_steps=protocol.meta_steps, meta_batch=protocol.meta_batch, validate_every=protocol.validate_every,
+        optimiser="sgd", lr=values.meta_step * values.inner_lr, schedule="linear",
+        meta_steps=values.meta_steps, meta_batch=values.meta_batch, validations=values.validations,
     )  # fmt: skip
 
     def score(weights: Params) -> float:
         accuracy = evaluation.evaluate(tester, network, weights, characters, validation, shot, every_step=False)
         return float(accuracy.inductive[-1].mean())
 
-    for k, random in enumerate(generators, 1):
+    for k in sorted({len(weights) for weights in COMBINATIONS.values()}):
         names = [name for name, weights in COMBINATIONS.items() if len(weights) == k]
 
         def sample(randoms: list[torch.Generator], count: int, k: int = k, replicas: int = len(names)) -> TaskBatch:
             drawn = tasks.draw(
-                count, pool, way=network.way, images=k * protocol.shot, drawers=characters.shape[1],
+                count, pool, way=network.way, images=k * values.shot, drawers=characters.shape[1],
                 rotations="classes", generator=randoms[0],
             )  # fmt: skip
-            batch = tasks.gather(characters, drawn, k * protocol.shot)
+            batch = tasks.gather(characters, drawn, k * values.shot)
             return TaskBatch(*(part.repeat(replicas, *[1] * (part.ndim - 1)) for part in batch[:4]))
 
-        learner = Combination(
-            torch.tensor([COMBINATIONS[name] for name in names], device=pool.device),
-            protocol.inner_lr,
-            network.way * protocol.shot,
-        )
-        for now in training.train(learner, network.loss, [params] * len(names), sample, score, outer, generators=[random]):
+        weights = torch.tensor([COMBINATIONS[name] for name in names], device=pool.device)
+        learner = Combination(weights, values.inner_lr, network.way * values.shot)
+        starts = [params] * len(names)
+        random = generator(seed, "update_contents", "tasks", device=pool.device)
+        for now in training.train(learner, Conv4Loss(network), starts, sample, score, outer, generators=[random]):
             if isinstance(now, training.Progress) and now.validation is not None:
                 yield from (Measured(n, now.step, a) for n, a in zip(names, now.validation, strict=True))

@@ -1,23 +1,19 @@
-"""Linear regression whose meta-gradient is known in closed form, and the meta-gradients of MAML and implicit MAML on it.
+"""Linear regression with a meta-gradient in closed form, and the meta-gradients that MAML and implicit MAML compute on it.
 
-Slide "Complexity" (iMAML; Rajeswaran et al. 2019, https://arxiv.org/abs/1909.04630, table 1 and figure 2): each task has the
-support loss L_A(phi) = ||X phi - y||^2 / 2n, a query loss of the same kind, and the inner problem
+Slide "Complexity" (iMAML; Rajeswaran et al. 2019, https://arxiv.org/abs/1909.04630, table 1 and figure 2). Each task has the
+support loss L_A(phi) = ||X phi - y||^2 / 2n, a query loss L_B of the same form, and the inner problem
 
     phi* = argmin_phi  G(phi),   G(phi) = L_A(phi) + lam/2 ||phi - theta||^2,      phi* = (H + lam I)^-1 (X'y/n + lam theta),
 
-H = X'X/n. The eigenvalues of H + lam I are log-spaced from lam to kappa lam, so kappa is the condition number of the inner
-problem, and the exact meta-gradient is that of the query loss at phi*, seen from theta:
+with H = X'X/n. The eigenvalues of H + lam I are log-spaced from lam to kappa lam, so kappa is the inner problem's condition
+number. The exact meta-gradient is that of L_B(phi*) with respect to theta:
 
     g* = (I + H/lam)^-1 grad L_B(phi*).
 
-All methods descend on G from theta at the rate 1/(kappa lam), by gradient descent or by Nesterov's accelerated descent.
+All methods minimise G from theta at the rate 1/(kappa lam), by gradient descent or by Nesterov's accelerated descent.
 """
 
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from statistics import linear_regression
 from typing import Literal, NamedTuple
 
 import torch
@@ -43,12 +39,12 @@ class Problem(NamedTuple):
 
 
 def problem(*, kappa: float, lam: float, tasks: int, size: int, random: torch.Generator) -> Problem:
-    """Tasks of `size` weights and as many images; random axes, labels and initial weights."""
+    """Tasks of `size` weights and as many images; eigenvectors, labels and initial weights are random."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random, dtype=torch.float64)
 
-    eigenvalues = lam * (kappa ** torch.linspace(0, 1, size, dtype=torch.float64) - 1)  # of H; those of H + lam I less lam
+    eigenvalues = lam * (kappa ** torch.linspace(0, 1, size, dtype=torch.float64) - 1)  # of H
     left, _ = torch.linalg.qr(normal(tasks, size, size))
     right, _ = torch.linalg.qr(normal(tasks, size, size))
     x = left * (size * eigenvalues).sqrt() @ right.mT
@@ -65,19 +61,19 @@ def problem(*, kappa: float, lam: float, tasks: int, size: int, random: torch.Ge
 class Method:
     """How the meta-gradient is computed."""
 
-    way: Literal["maml", "imaml"]  # through the inner steps, or by the implicit function theorem
+    learner: Literal["maml", "imaml"]  # back through the inner steps, or by the implicit function theorem
     descent: Literal["gd", "nesterov"]
     steps: int  # inner steps
-    limit: int  # maml: differentiated steps, the last ones, at least 1 (as many as `steps`: all); imaml: CG steps
+    limit: int  # maml: how many of the last steps are differentiated, at least 1 and at most `steps`; imaml: CG steps
 
     @property
     def products(self) -> int:
-        """Support gradients and Hessian-vector products with the support loss, one each; the query gradient is left out.
+        """Gradients of the support loss plus Hessian-vector products with it; the query gradient is not counted.
 
-        An inner step takes a gradient, a differentiated one also a Hessian-vector product, unless it starts from weights that
-        count as constant. Implicit MAML takes a gradient at its solution, and a Hessian-vector product for each CG step.
+        An inner step takes a gradient. A differentiated one takes a Hessian-vector product as well, unless it starts from
+        weights that count as constant. iMAML takes one more gradient at its solution, and a product for each CG step.
         """
-        if self.way == "imaml":
+        if self.learner == "imaml":
             return self.steps + 1 + self.limit
         return self.steps + (self.limit - 1 if self.limit < self.steps else self.steps)
 
@@ -85,12 +81,12 @@ class Method:
 def meta_gradient(method: Method, on: Problem) -> Tensor:
     """The method's meta-gradient of each task, (T, d).
 
-    The project's own learners compute it; they have no MAML through Nesterov's descent, and their truncated one no theta that
-    pulls in each step.
+    Computed by the library's learners where they can: it has no MAML through Nesterov's descent, and its truncated MAML takes
+    a plain loss, where theta does not act in every step.
     """
     rate = 1 / (on.kappa * on.lam)
     objective: TaskLoss = loss
-    if method.way == "imaml":
+    if method.learner == "imaml":
         learner = algorithms.build("imaml", {
             "inner_lr": rate, "inner_steps": method.steps, "proximal": "each", "lam": on.lam,
             "inner_optimiser": "sgd" if method.descent == "gd" else "nesterov",
@@ -98,7 +94,7 @@ def meta_gradient(method: Method, on: Problem) -> Tensor:
             "damping": 0.0, "lam_damping": 0.0,  # the exact inverse
         })  # fmt: skip
     elif method.descent == "gd" and method.limit >= method.steps:
-        learner = algorithms.build("maml", {"inner_lr": rate, "inner_steps": method.steps})
+        learner = algorithms.build("maml", {"inner_lr": rate, "inner_steps": method.steps, "inner_batch": None})
         objective = Proximal(on.lam, on.tasks.query_x)
     else:
         momentum = 0.0 if method.descent == "gd" else (on.kappa**0.5 - 1) / (on.kappa**0.5 + 1)
@@ -108,9 +104,9 @@ def meta_gradient(method: Method, on: Problem) -> Tensor:
 
 
 class Proximal:
-    """G for a learner that knows no proximal term, MAML: theta is the weights of the first call, the graph to them included.
+    """G for MAML, which has no proximal term: theta is the weights of the first call, still attached to the graph.
 
-    For a single meta-gradient, whose query loss (the images `query_x`) has no proximal term.
+    Good for a single meta-gradient. The query loss, recognised by its images `query_x`, stays L_B.
     """
 
     def __init__(self, lam: float, query_x: Tensor) -> None:
@@ -128,10 +124,10 @@ class Proximal:
 
 
 def _through_last_steps(on: Problem, *, rate: float, momentum: float, steps: int, through: int) -> Tensor:
-    """MAML through descent with momentum, the last `through` steps differentiated, (T, d).
+    """MAML's meta-gradient through descent with momentum, of which the last `through` steps are differentiated, (T, d).
 
-    theta pulls in every step, and so acts through each differentiated one; the weights that the first of these starts from
-    count as constant unless they are theta (Shaban et al. 2019, https://arxiv.org/abs/1810.10667).
+    theta acts in every differentiated step, as the centre of the proximal term. The weights that the first of these steps
+    starts from count as constant unless they are theta (Shaban et al. 2019, https://arxiv.org/abs/1810.10667).
     """
     theta = {"w": on.theta.detach().requires_grad_()}
     phi = before = theta
@@ -150,42 +146,3 @@ def error(method: Method, on: Problem) -> float:
     """||g - g*|| / ||g*||, geometric mean over tasks."""
     away = (meta_gradient(method, on) - on.exact).norm(dim=1) / on.exact.norm(dim=1)
     return float(away.log().mean().exp())
-
-
-class Point(NamedTuple):
-    """A method's error and cost, at a number of steps (which ones, the caller's `methods` say)."""
-
-    steps: int
-    products: int
-    error: float
-
-
-def sweep(methods: Callable[[int], Method], on: Problem, steps: Sequence[int], least: float) -> list[Point]:
-    """methods(k) for every k of `steps`, until the error is below `least`: those behind are left out."""
-    points = list[Point]()
-    for k in steps:
-        method = methods(k)
-        points.append(Point(k, method.products, error(method, on)))
-        if points[-1].error < least:
-            break
-    return points
-
-
-def decay(points: Sequence[Point], between: tuple[float, float]) -> float:
-    """The factor an error falls by in each step: a line through the logs of errors between the two bounds, by least squares.
-
-    ValueError where fewer than two lie there.
-    """
-    chosen = [point for point in points if between[0] <= point.error <= between[1]]
-    if len(chosen) < 2:
-        raise ValueError(f"fewer than two of the errors lie between {between[0]:g} and {between[1]:g}")
-    return math.exp(linear_regression([p.steps for p in chosen], [math.log(p.error) for p in chosen]).slope)
-
-
-def products_to(points: Sequence[Point], target: float) -> float:
-    """Products until the error is `target`, log-linear between the points around it; ValueError where it never is."""
-    for before, after in pairwise(points):
-        if after.error <= target < before.error:
-            part = math.log(before.error / target) / math.log(before.error / after.error)
-            return before.products + part * (after.products - before.products)
-    raise ValueError(f"an error does not fall to {target:g} within {points[-1].steps} steps")

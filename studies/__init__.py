@@ -1,0 +1,4 @@
+"""The slides' exhibits beyond the table of accuracies, one room each: `python -m studies.<name>`, or `dvc repro <name>`.
+
+A room holds the study's numbers (schema), what it computes, its figure and its page (a template).
+"""
