@@ -124,7 +124,7 @@ def test_what_trainings_cost(edit: Edit, stage: Stage, monkeypatch: pytest.Monke
     assert [row.split(" | ")[3] for row in rows] == ["4", "0"]
     assert [row.split(" | ")[5] for row in rows] == ["16", "8"]  # 2 seeds, 4 tasks, 2 validations or 1
     assert rows[1].startswith("| scratch | 5w1s | 0.0 |")
-    stage(accuracy.app, fails=True)
+    assert "dvc repro meta_train@maml-5w1s" in stage(accuracy.app, fails=True)
     stage(cells.app)
     for name in ("maml", "scratch"):
         stage(meta_train.app, name, "5w1s")
