@@ -11,7 +11,7 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peers, report, work
-from benchmarks.peers import Call
+from benchmarks.peers.network import Call
 from benchmarks.timing import Seconds, alternate, median, prepared, ratio
 from benchmarks.work import Item
 from metalib import algorithms, cuda_graph

@@ -68,8 +68,8 @@ def _leap(steps: int, lr: float, batch: int) -> dict[str, Any]:
     return _descent(steps, lr, inner_batch=batch, norm=True, loss=True, stabiliser=True)
 
 
-def _reptile(steps: int, lr: float, optimiser: str) -> dict[str, Any]:
-    return _descent(steps, lr, inner_batch=10, inner_optimiser=optimiser, moments="reset")
+def _reptile(steps: int, lr: float, **more: Any) -> dict[str, Any]:
+    return _descent(steps, lr, inner_batch=10, **more)
 
 
 PAPERS = {
@@ -79,7 +79,7 @@ PAPERS = {
     "W3": Item("maml", way=20, shot=1, query=1, tasks=16, hyper=_descent(5)),
     "W4": Item("maml", way=20, shot=5, query=5, tasks=16, hyper=_descent(5)),
     "W5": Item("fomaml", way=20, shot=1, query=1, tasks=16, hyper=_descent(5)),
-    "W6": Item("reptile", way=5, shot=10, query=1, tasks=5, hyper=_reptile(5, 0.001, "adam")),
+    "W6": Item("reptile", way=5, shot=10, query=1, tasks=5, hyper=_reptile(5, 0.001, inner_optimiser="adam", moments="reset")),
     "W7": Item("imaml", way=5, shot=1, query=15, tasks=32, hyper=_implicit(16)),
     "W8": Item("imaml", way=20, shot=5, query=5, tasks=16, hyper=_implicit(25)),
     "W9": Item("leap", way=20, shot=15, query=1, tasks=20, hyper=_leap(100, 0.1, batch=20)),
@@ -99,7 +99,7 @@ LEARNERS = {
         Item("maml_plus_plus", 5, 1, 1, 16, _descent(2, msl=0.1)),
         Item("maml_truncated", 5, 1, 1, 16, _descent(4, 0.15, backprop_steps=2)),
         Item("meta_sgd", 5, 1, 1, 16, _descent(1)),
-        Item("reptile", 5, 10, 1, 16, _reptile(5, 0.2, "sgd")),
+        Item("reptile", 5, 10, 1, 16, _reptile(5, 0.2, inner_optimiser="sgd")),
         Item("scratch", 5, 1, 1, 16, _descent(10)),
     )
 }

@@ -1,15 +1,13 @@
-"""ANIL against MAML, finite differences, and a plain loop on Conv4.
+"""ANIL against MAML and finite differences. The loop over tasks is in tests/test_benchmarks.py.
 
 Each of these was seen failing on a deliberate error before it was trusted; the docstrings say on which.
 """
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from metalib import algorithms
-from metalib.models.loss import Conv4Loss
 from metalib.types import MetaLearner, Params
 from tests import problems
 
@@ -81,31 +79,3 @@ def test_the_body_is_evaluated_once_per_set(steps: int) -> None:
     assert loss.sets == 2
     anil(steps).adapt(loss, params, batch.support_x, batch.support_y)
     assert loss.sets == 3
-
-
-def test_batched_network_equals_a_loop_over_tasks() -> None:
-    """Conv4 against everyday PyTorch in float64, task after task, the body computed anew in every step.
-
-    Seen failing with create_graph=False, with the support set's features cut loose, and with batch norm over both sets at once.
-    """
-    net, params = problems.network()
-    batch = problems.image_batch(tasks=2, way=5, shot=1, query=2)
-    grads, query_loss = anil(3).meta_gradient(Conv4Loss(net), params, batch)
-    expected = {name: torch.zeros_like(value) for name, value in params.items()}
-    for t in range(2):
-        theta = {name: value.detach().requires_grad_() for name, value in params.items()}
-        phi = dict(theta)
-        for _ in range(3):
-            loss = F.cross_entropy(net.forward(phi, batch.support_x[t]), batch.support_y[t])
-            for name, g in zip(
-                ("head.weight", "head.bias"),
-                torch.autograd.grad(loss, [phi["head.weight"], phi["head.bias"]], create_graph=True),
-                strict=True,
-            ):
-                phi[name] = phi[name] - 0.4 * g
-        loss = F.cross_entropy(net.forward(phi, batch.query_x[t]), batch.query_y[t])
-        assert float(query_loss[t]) == pytest.approx(float(loss.detach()), rel=1e-11)
-        for name, g in zip(expected, torch.autograd.grad(loss, list(theta.values())), strict=True):
-            expected[name] += g / 2
-    for name, value in expected.items():
-        torch.testing.assert_close(grads[name], value, rtol=1e-9, atol=1e-9 * float(value.abs().max()))

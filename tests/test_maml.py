@@ -1,11 +1,10 @@
-"""MAML and first-order MAML against values derived by hand, finite differences, and plain loops.
+"""MAML and first-order MAML: values by hand and finite differences. The loop over tasks is in tests/test_benchmarks.py.
 
 Each of these was seen failing on a deliberate error before it was trusted; the docstrings say on which.
 """
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from metalib import algorithms
 from metalib.models.loss import Conv4Loss
@@ -120,33 +119,3 @@ def test_inner_batches_go_round_the_support_set(name: str, chosen: dict[str, boo
     torch.testing.assert_close(found, query_loss.detach(), rtol=1e-12, atol=0)
     for value, g in zip(grads.values(), expected, strict=True):
         torch.testing.assert_close(value, g.mean(0), rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["maml", "fomaml"])
-@pytest.mark.parametrize("choices", [
-    {"downsample": "stride", "features": "flatten"},
-    {"downsample": "stride", "features": "mean"},
-    {"downsample": "maxpool", "features": "flatten"},
-])  # fmt: skip
-def test_batched_network_equals_a_loop_over_tasks(name: str, choices: dict[str, str]) -> None:
-    """The whole meta-gradient on Conv4 against everyday PyTorch, task after task, in float64.
-
-    Seen failing (MAML) with one sign turned in wide.NormReLUBackward.backward, (both) with one inner step for two.
-    """
-    net, params = problems.network(**choices)
-    batch = problems.image_batch(tasks=3, way=5, shot=1, query=2)
-    grads, query_loss = algorithms.build(name, {"inner_lr": 0.4, "inner_steps": 2}).meta_gradient(Conv4Loss(net), params, batch)
-    expected = {key: torch.zeros_like(value) for key, value in params.items()}
-    for t in range(3):
-        theta = {key: value.detach().requires_grad_() for key, value in params.items()}
-        phi = theta
-        for _ in range(2):
-            loss = F.cross_entropy(net.forward(phi, batch.support_x[t]), batch.support_y[t])
-            steps = torch.autograd.grad(loss, list(phi.values()), create_graph=name == "maml")
-            phi = {key: value - 0.4 * g for (key, value), g in zip(phi.items(), steps, strict=True)}
-        loss = F.cross_entropy(net.forward(phi, batch.query_x[t]), batch.query_y[t])
-        assert float(query_loss[t]) == pytest.approx(float(loss.detach()), rel=1e-11)
-        for key, g in zip(expected, torch.autograd.grad(loss, list(theta.values())), strict=True):
-            expected[key] += g / 3
-    for key, value in expected.items():
-        torch.testing.assert_close(grads[key], value, rtol=1e-9, atol=1e-9 * float(value.abs().max()))

@@ -98,10 +98,6 @@ def test_a_list_is_run(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch
     assert "python -m tuning.tries" in text and "; threads: 1; " in text and "commit " in text
     found = [[row[2], row[3], row[5]] for row in rows]
     assert found == [["inner_lr=0.1", "2", "6"], ["inner_lr=0.2", "2", "6"], ["quick", "1", "0"]]
-        ["inner_lr=0.1", "2", "6"],
-        ["inner_lr=0.2", "2", "6"],
-        ["quick", "1", "0"],
-    ]
     assert all(" to " in score for row in rows[:2] for score in row[6:])
     assert rows[2][6] == "" and float(rows[2][7]) > 0
     stage(tries.app, str(write(Path("."), "- {learner: maml, setting: 5w1s, seconds: 2, seeds: 2}")), "--out", "timed.md")

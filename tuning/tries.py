@@ -1,7 +1,7 @@
 """Run a list of tries and write what each gives on the validation tasks. The test tasks are not touched.
 
-All tries of a list have the same CPU time (`seconds`; the number of meta-steps follows from the measured cost of one), or a
-`share` of the meta-steps of budget quick.
+Tries are compared at equal CPU time (`seconds`; the number of meta-steps follows from the measured cost of one) or at equal
+numbers of meta-steps (a `share` of those of budget quick).
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ app = typer.Typer(add_completion=False)
 
 
 class Entry(BaseModel):
-    """An entry of a list, which stands for one try or for several: where there are lists of values, each with each."""
+    """An entry of a list. It stands for one try, or where it has lists of values, for their product."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -68,7 +68,7 @@ class Try:
     seeds: int
 
     def cell(self, file: params.File) -> params.Cell:
-        """ValueError when the learner, the setting or a changed value is none."""
+        """The values to train with; ValueError if the learner, the setting or a change is wrong."""
         cell = params.cell(file, self.learner, self.setting, budget="quick", changes=self.changes)
         if self.seconds and not cell.outer.meta_steps:
             raise ValueError(f"{self.learner} takes no meta-steps, so it cannot be given seconds; use share: 1")
@@ -95,7 +95,7 @@ def main(
     device = command.prepared(file.meta_train.tf32)
     torch.set_num_threads(1)
     equal = "CPU time" if listed[0].share is None else "numbers of meta-steps"
-    head = report.header(f"Tries of {path.name}: equal {equal}", "tuning.tries", device)
+    head = report.header(f"Tries of {path.name} at equal {equal}", "tuning.tries", device)
     columns = [*HEAD, *(f"{100 * i / validations:.0f} %" for i in range(1, validations)), "end"]
     rows = list[list[object]]()
     for one, cell in zip(listed, cells, strict=True):
