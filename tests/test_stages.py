@@ -152,7 +152,7 @@ def test_the_bar_keeps_count_rate_and_time_left_at_80_columns() -> None:
 
 
 def test_divergence_names_algorithm_setting_and_step(edit: Edit, stage: Stage) -> None:
-    edit(algorithms__maml__quick__common__inner_lr=1e38)
+    edit(algorithms__maml__quick__common__inner_lr=100, algorithms__maml__quick__common__inner_steps=50)
     prepare(stage)
     said = stage(meta_train.app, "maml", "5w1s", fails=True)
     assert "maml 5w1s seed 0, 1: the query loss or the meta-gradient stopped being finite between meta-steps 0 and 2" in said
