@@ -34,9 +34,7 @@ def main(
     """Write a table of seconds. Needs the trained models: dvc repro compare@5w1s."""
     file = params.read()
     if file.meta_train.budget != "quick":
-        raise ValueError(
-            f"meta_train.budget: {file.meta_train.budget}, but this reads models of budget quick; train those"
-        )
+        raise ValueError(f"meta_train.budget: {file.meta_train.budget}, but this reads models of budget quick; train those")
     device = command.prepared(file.meta_train.tf32)
     head = report.header("Time to accuracy", "benchmarks.accuracy", device)
     cells = [params.cell(file, algorithm, SETTING, budget="quick") for algorithm in file.algorithms]

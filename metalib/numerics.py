@@ -13,6 +13,7 @@ from metalib import tree
 from metalib.types import Params
 
 Matvec = Callable[[Params], Params]
+DECREASE = 1e-4  # Armijo's: the part of the decrease that the slope promises which a step must bring (Nocedal and Wright's)
 
 
 def hessian(f: Callable[[Params], Tensor], at: Params) -> tuple[Tensor, Params, Matvec]:
@@ -84,11 +85,10 @@ def armijo(
     direction: Params,
     lr: float,
     halvings: int,
-    decrease: float = 1e-4,
 ) -> tuple[Params, Tensor]:
     """Backtracking line search (Armijo 1966; Nocedal and Wright, algorithm 3.1): the weights it ends at, and f there.
 
-    Each task takes the first of the lengths lr, lr/2, ..., lr/2^halvings with f(at + length d) <= f(at) + decrease length
+    Each task takes the first of the lengths lr, lr/2, ..., lr/2^halvings with f(at + length d) <= f(at) + DECREASE length
     slope, where value = f(at) and slope = <grad f, d> are (T,); a task for which none will do stays where it is.
     """
     found, best = at, value
@@ -97,7 +97,7 @@ def armijo(
     for _ in range(halvings + 1):
         trial = tree.axpy(length, direction, at)
         now = f(trial)
-        good = ~done & now.isfinite() & (now <= value + decrease * length * slope)
+        good = ~done & now.isfinite() & (now <= value + DECREASE * length * slope)
         found, best = tree.where(good, trial, found), torch.where(good, now, best)
         done = done | good
         length = length / 2

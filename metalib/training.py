@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -21,8 +21,10 @@ class Outer:
     """The outer loop's own parameters."""
 
     optimiser: Literal["adam", "sgd", "muon"]  # muon: torch.optim.Muon on convolution kernels, Adam on the rest
-    lr: PositiveFloat  # of Adam or SGD
-    kernel_lr: PositiveFloat | None = None  # of Muon
+    # Reptile's and Leap's meta-gradients are distances: a rate above 2 overshoots the adapted weights by more than the way
+    # there. Gradients of mean losses are of order 1, too. 10 is beyond all of them.
+    lr: float = Field(gt=0, le=10)  # of Adam or SGD
+    kernel_lr: float | None = Field(default=None, gt=0, le=1)  # of Muon, whose step is orthogonal, as large as kernels are
     kernel_decay: float | None = Field(default=None, ge=0, lt=1)  # Muon's weight decay
     schedule: Literal["constant", "linear", "cosine"]  # of every rate, from its value towards 0 after the last meta-step
     fixed_head: bool = False  # the head is adapted, but not meta-learned: with head_init zero, it starts a task at zero
@@ -36,12 +38,14 @@ class Outer:
             self.kernel_decay is None
         ):
             raise ValueError("kernel_lr and kernel_decay go with optimiser muon, which needs both")
+        if self.optimiser != "sgd" and self.lr > 1:  # Adam moves every weight by about lr, whatever the gradient's size
+            raise ValueError("lr of adam and muon must be at most 1: each meta-step moves a weight by about lr")
         return self
 
     @property
     def validate_every(self) -> int:
         """Meta-steps from one validation to the next; the last one is at the end, whether or not it is due."""
-        return max(1, math.ceil(self.meta_steps / self.validations))
+        return max(1, round(self.meta_steps / self.validations))
 
 
 class Progress(NamedTuple):

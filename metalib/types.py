@@ -23,9 +23,9 @@ TaskLoss = Callable[[Params, Tensor, Tensor], Tensor]
 
 
 class SplitLoss(Protocol):
-    """A TaskLoss that can be had in two halves: loss(params, x, y) = head(params, body(params, x), y).
+    """A TaskLoss in two halves: loss(params, x, y) = head(params, body(params, x), y).
 
-    The head needs the weights named "head." alone, the body all others.
+    The head reads only the weights whose names begin with "head.", the body only the others.
     """
 
     def __call__(self, params: Params, x: Tensor, y: Tensor) -> Tensor: ...
@@ -38,6 +38,16 @@ class SplitLoss(Protocol):
         """Features (T, B, F), y (T, B) -> mean loss of each task, (T,); weights (1, *shape) serve all tasks,
         weights (R, *shape) T / R tasks in a row each."""
         ...
+
+
+def need_halves(learner: str, loss: TaskLoss, params: Params) -> None:
+    """ValueError unless the loss is a SplitLoss and some of the weights are its head's."""
+    if not hasattr(loss, "body") or not hasattr(loss, "head"):
+        raise ValueError(
+            f"{learner}: the loss must come in two halves, body and head (metalib.types.SplitLoss), but it is whole"
+        )
+    if not any(name.startswith("head.") for name in params):
+        raise ValueError(f"{learner}: the names of the last layer's weights must begin with 'head.', got {', '.join(params)}")
 
 
 Watch = Callable[[Params], None]

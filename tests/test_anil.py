@@ -79,3 +79,22 @@ def test_the_body_is_evaluated_once_per_set(steps: int) -> None:
     assert loss.sets == 2
     anil(steps).adapt(loss, params, batch.support_x, batch.support_y)
     assert loss.sets == 3
+
+
+def test_a_whole_loss_is_refused_in_one_sentence() -> None:
+    """And so are weights without a head. Seen failing with the check left out: AttributeError, and RuntimeError."""
+    params, batch = problems.smooth_problem()
+
+    def whole(params: Params, x: Tensor, y: Tensor) -> Tensor:
+        return problems.smooth_loss(params, x, y)
+
+    headless = {name.replace("head.", "last."): value for name, value in params.items()}
+    for loss, weights, words in (
+        (whole, params, r"the loss must come in two halves, body and head \(metalib.types.SplitLoss\), but it is whole"),
+        (problems.smooth_loss, headless, "the names of the last layer's weights must begin with 'head.', got a, b, "),
+    ):
+        for learner, name in ((anil(1), "anil"), (problems.build("finetune"), "finetune")):
+            with pytest.raises(ValueError, match=f"{name}: {words}"):
+                learner.meta_gradient(loss, weights, batch)
+        with pytest.raises(ValueError, match=f"anil: {words}"):
+            anil(1).adapt(loss, weights, batch.support_x, batch.support_y)

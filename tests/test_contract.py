@@ -121,6 +121,7 @@ def test_float32_agrees_with_float64(name: str) -> None:
 @pytest.mark.parametrize("name", algorithms.names())
 @pytest.mark.parametrize(("change", "complaint"), [
     ({"inner_lr": -0.1}, "inner_lr: Input should be greater than 0, got -0.1"),
+    ({"inner_lr": 1e9}, "inner_lr: Input should be less than or equal to 100, got 1000000000.0"),
     ({"inner_steps": -1}, r"inner_steps: Input should be greater than (or equal to )?0, got -1"),
     ({"inner_lr": "fast"}, "inner_lr: Input should be a valid number"),
     ({"innner_lr": 0.1}, "innner_lr is not a parameter here"),

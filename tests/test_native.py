@@ -114,7 +114,7 @@ def test_meta_gradients_are_the_same(engine: Engine, name: str, steps: int, feat
 
 @pytest.mark.parametrize("case", problems.cases())
 def test_every_learner_has_the_same_meta_gradient(engine: Engine, case: str) -> None:
-    """With its hyper-parameters of params.yaml, and in its variants.
+    """With the hyper-parameters of tests/problems.py, and in its variants.
 
     Seen failing (the learners that use several products of one graph) with a Hessian-vector product kept for the next.
     """

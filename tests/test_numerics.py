@@ -263,7 +263,9 @@ def bowl(c: Tensor) -> object:
     (1.0, 2, 0.5, [0, 0, 0.25, 1, 1]),
     (2.0, 2, 1e-4, [0, 0, -0.5, 1, 1]),
 ])  # fmt: skip
-def test_armijo_by_hand(lr: float, halvings: int, decrease: float, expected: list[float]) -> None:
+def test_armijo_by_hand(
+    lr: float, halvings: int, decrease: float, expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """f = c w^2 / 2 from w = 1 down the gradient, d = -c, slope -c^2: a length l leads to w = 1 - l c and is taken when
 
         c (1 - l c)^2 / 2 <= c / 2 - decrease l c^2,    that is    l c <= 2 (1 - decrease).
@@ -274,10 +276,11 @@ def test_armijo_by_hand(lr: float, halvings: int, decrease: float, expected: lis
     Seen failing with the slope left out (c = 2 takes length 1), with one halving fewer, with lengths cut to a quarter, with
     one length for all tasks (good.all()), and without ~done.
     """
+    monkeypatch.setattr(numerics, "DECREASE", decrease)
     c = torch.tensor([1.0, 2.0, 3.0, 7.0, 16.0], dtype=torch.float64)
     at = {"w": torch.ones(5, 1, dtype=torch.float64)}
     f = bowl(c)
-    found, value = numerics.armijo(f, at, f(at), -c * c, {"w": -c[:, None]}, lr, halvings, decrease)
+    found, value = numerics.armijo(f, at, f(at), -c * c, {"w": -c[:, None]}, lr, halvings)
     assert found["w"].flatten().tolist() == expected
     assert torch.equal(value, f(found))
 

@@ -330,6 +330,8 @@ def test_schedules(schedule: str, expected: list[float]) -> None:
 
 @pytest.mark.parametrize(("change", "complaint"), [
     ({"lr": -0.1}, "lr"), ({"meta_batch": 0}, "meta_batch"), ({"kernel_lr": 0.1}, "kernel_lr and kernel_decay"),
+    ({"lr": 100}, "lr"), ({"lr": 2}, "lr of adam and muon must be at most 1"), ({"optimiser": "sgd", "lr": 11}, "lr"),
+    ({"optimiser": "muon", "kernel_lr": 2, "kernel_decay": 0.1}, "kernel_lr"),
     ({"optimiser": "muon"}, "kernel_lr and kernel_decay"), ({"optimizer": "adam"}, "optimizer"),
 ])  # fmt: skip
 def test_bad_outer_parameters_are_refused(change: dict[str, Any], complaint: str) -> None:

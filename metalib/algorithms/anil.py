@@ -5,23 +5,24 @@ MAML's, exact, and reaches the body through the features of both sets. As the bo
 once and serve all inner steps: an inner step costs a matrix product.
 """
 
-from pydantic import ConfigDict, NonNegativeInt, PositiveFloat
+from pydantic import ConfigDict, NonNegativeInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from metalib import inner, tree
-from metalib.types import MetaGradient, Params, SplitLoss, TaskBatch, Watch
+from metalib.types import MetaGradient, Params, SplitLoss, TaskBatch, Watch, need_halves
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class ANIL:
-    inner_lr: PositiveFloat  # alpha
+    inner_lr: inner.Rate  # alpha
     inner_steps: NonNegativeInt  # k
 
     def init(self, params: Params) -> Params:
         return params
 
     def adapt(self, loss: SplitLoss, params: Params, x: Tensor, y: Tensor, watch: Watch | None = None) -> Params:
+        need_halves("anil", loss, params)
         theta = tree.tile(params, len(x))
         body, head = _halves(theta)
         features = loss.body(body, x).detach()
@@ -29,6 +30,7 @@ class ANIL:
         return body | inner.sgd(loss.head, head, features, y, lr=self.inner_lr, steps=self.inner_steps, watch=show)
 
     def meta_gradient(self, loss: SplitLoss, params: Params, tasks: TaskBatch, progress: Tensor | None = None) -> MetaGradient:
+        need_halves("anil", loss, params)
         theta = tree.detach(tree.tile(params, len(tasks.support_x)))
         body, head = _halves(theta)
         phi = inner.sgd(

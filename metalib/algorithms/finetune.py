@@ -10,19 +10,19 @@ process of learning when transferring knowledge". (Leap's own version has one he
 """
 
 import torch
-from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from metalib import inner, tree
-from metalib.types import MetaGradient, Params, SplitLoss, TaskBatch, Watch
+from metalib.types import MetaGradient, Params, SplitLoss, TaskBatch, Watch, need_halves
 
 JOINT = "joint."  # prefix of the joint head, which is a meta-parameter
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class FineTune:
-    inner_lr: PositiveFloat  # of fine-tuning
+    inner_lr: inner.Rate  # of fine-tuning
     inner_steps: NonNegativeInt
     classes: PositiveInt  # rows of the joint head: 4 quarter turns of every character of the data, or more
 
@@ -35,6 +35,7 @@ class FineTune:
         return inner.sgd(loss, theta, x, y, lr=self.inner_lr, steps=self.inner_steps, watch=watch)
 
     def meta_gradient(self, loss: SplitLoss, params: Params, tasks: TaskBatch, progress: Tensor | None = None) -> MetaGradient:
+        need_halves("finetune", loss, params)
         if tasks.classes is None:
             raise ValueError(
                 "finetune: the tasks do not say which classes their labels stand for, so no joint head can be trained"

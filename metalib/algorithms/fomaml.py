@@ -8,7 +8,7 @@ gradient at the adapted weights,
 No second derivative is taken, and memory does not grow with the number of inner steps.
 """
 
-from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from metalib.types import MetaGradient, Params, TaskBatch, TaskLoss, Watch
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class FOMAML:
-    inner_lr: PositiveFloat  # alpha, on the mean cross-entropy of the support set
+    inner_lr: inner.Rate  # alpha, on the mean cross-entropy of the support set
     inner_steps: NonNegativeInt  # k
     inner_batch: PositiveInt | None = None  # images in an inner step; null: the whole support set
 

@@ -15,7 +15,7 @@ is half as large and close to first order; it tests with `lam: 0`.
 
 from typing import Literal
 
-from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from metalib.types import MetaGradient, Params, TaskBatch, TaskLoss, Watch
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class IMAML:
-    inner_lr: PositiveFloat  # alpha
+    inner_lr: inner.Rate  # alpha
     inner_steps: NonNegativeInt  # k
     inner_optimiser: Literal["sgd", "nesterov"]
     proximal: Literal["each", "last"]  # in which inner steps theta pulls
@@ -36,11 +36,13 @@ class IMAML:
     lam_damping: NonNegativeFloat  # added to lambda, in the matrix alone
 
     @model_validator(mode="after")
-    def _nesterov_pulls_in_each_step(self) -> "IMAML":
+    def _rates_and_pulls_fit_together(self) -> "IMAML":
         if self.inner_optimiser == "nesterov" and self.proximal == "last":
             raise ValueError("proximal: last goes with inner_optimiser sgd alone")
         if self.inner_optimiser == "nesterov" and not 0 < self.inner_lr * self.lam <= 1:
             raise ValueError("inner_optimiser: nesterov wants inner_lr * lam above 0 and at most 1")
+        if self.proximal == "each" and self.inner_lr * self.lam > 2:  # theta's pull alone: away <- (1 - inner_lr lam) away
+            raise ValueError("inner_lr * lam must be at most 2, or the proximal term by itself makes the inner steps diverge")
         return self
 
     def init(self, params: Params) -> Params:

@@ -18,13 +18,13 @@ from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from metalib import numerics, tree
+from metalib import inner, numerics, tree
 from metalib.types import MetaGradient, Params, TaskBatch, TaskLoss, Watch
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class IMAMLHessianFree:
-    inner_lr: PositiveFloat  # the first step length the line search tries; 1 is Newton's
+    inner_lr: inner.Rate  # the first step length the line search tries; 1 is Newton's
     inner_steps: NonNegativeInt  # Newton directions
     lam: PositiveFloat  # lambda
     cg_steps: PositiveInt  # Hessian-vector products of each direction, and of the meta-gradient

@@ -17,7 +17,7 @@ Without loss and norm the gradient is theta - phi: Reptile's.
 """
 
 import torch
-from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -27,7 +27,7 @@ from metalib.types import MetaGradient, Params, TaskBatch, TaskLoss, Watch
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Leap:
-    inner_lr: PositiveFloat  # alpha
+    inner_lr: inner.Rate  # alpha
     inner_steps: NonNegativeInt  # K
     inner_batch: PositiveInt | None = None  # images in an inner step; null: the whole support set
     norm: bool  # true: length, p = 1; false: energy, p = 2

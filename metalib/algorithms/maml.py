@@ -13,7 +13,7 @@ same gradient without holding the graphs of all k steps: U' is a product of step
 where phi_0, ..., phi_{k-1} were kept and each H_j v is computed when its turn comes.
 """
 
-from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from metalib.types import MetaGradient, Params, TaskBatch, TaskLoss, Watch
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class MAML:
-    inner_lr: PositiveFloat  # alpha, on the mean cross-entropy of the support set
+    inner_lr: inner.Rate  # alpha, on the mean cross-entropy of the support set
     inner_steps: NonNegativeInt  # k
     inner_batch: PositiveInt | None = None  # images in an inner step; null: the whole support set
     recompute: bool = False  # true: one inner step's graph at a time, and the weights of each, for one more gradient in each

@@ -10,11 +10,11 @@ MAML, exact, with three of the paper's additions that are the learner's own (the
 """
 
 import torch
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from metalib import tree
+from metalib import inner, tree
 from metalib.types import MetaGradient, Params, TaskBatch, TaskLoss, Watch
 
 RATE = "rate."  # prefix of the meta-parameters that are rates, (K,) each
@@ -23,7 +23,7 @@ NORM = "norm"  # prefix of batch norm's weights, (K, *shape) each
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class MAMLPlusPlus:
-    inner_lr: PositiveFloat  # what every rate starts from
+    inner_lr: inner.Rate  # what every rate starts from
     inner_steps: PositiveInt  # K, the same in training and test
     msl: float = Field(ge=0, le=1)  # the part of meta-training that has a multi-step loss
 

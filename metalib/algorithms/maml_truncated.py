@@ -4,7 +4,7 @@ Slide "Complexity", row "Truncated back-prop": k inner steps, of which only the 
 Jacobian of those before is taken for I. Memory grows with backprop_steps, not with k. All of them is MAML, none is FOMAML.
 """
 
-from pydantic import ConfigDict, NonNegativeInt, PositiveFloat
+from pydantic import ConfigDict, NonNegativeInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from metalib.types import MetaGradient, Params, TaskBatch, TaskLoss, Watch
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class TruncatedMAML:
-    inner_lr: PositiveFloat  # alpha
+    inner_lr: inner.Rate  # alpha
     inner_steps: NonNegativeInt  # k
     backprop_steps: NonNegativeInt  # of the last inner steps; more than there are means all
 

@@ -8,11 +8,11 @@ both exact, through all inner steps. The rates a may become negative: direction 
 """
 
 import torch
-from pydantic import ConfigDict, NonNegativeInt, PositiveFloat
+from pydantic import ConfigDict, NonNegativeInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from metalib import tree
+from metalib import inner, tree
 from metalib.types import MetaGradient, Params, TaskBatch, TaskLoss, Watch
 
 RATE = "rate."  # prefix of the meta-parameters that are rates
@@ -20,7 +20,7 @@ RATE = "rate."  # prefix of the meta-parameters that are rates
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class MetaSGD:
-    inner_lr: PositiveFloat  # what every rate starts from
+    inner_lr: inner.Rate  # what every rate starts from
     inner_steps: NonNegativeInt  # k; the paper's is 1
 
     def init(self, params: Params) -> Params:

@@ -12,7 +12,7 @@ There is no query set in it: the images a meta-training task has are all for the
 from typing import Literal
 
 import torch
-from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -25,22 +25,24 @@ WEIGHT = "adam.weight"
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Reptile:
-    inner_lr: PositiveFloat  # alpha
+    inner_lr: inner.Rate  # alpha
     inner_steps: NonNegativeInt  # k
     inner_batch: PositiveInt | None = None  # images in an inner step; null: the whole support set
     inner_optimiser: Literal["sgd", "adam"]  # adam: with beta1 = 0
-    moments: Literal["reset", "carried"]  # Adam's second moments: fresh in every task, or meta-learned as the weights are
-    # (the authors' code never resets them, so a task starts from the moments the last one left; here, from their running mean.
-    # Moments must stay positive: carried goes with an outer SGD of a rate of at most 1)
+    moments: Literal["reset", "carried"] | None = None  # Adam's second moments: fresh in every task, or meta-learned with the
+    # weights; SGD has none. (The authors' code never resets them, so that a task starts from the moments the last one left;
+    # here it starts from their running mean. Moments must stay positive: carried needs an outer SGD with a rate of at most 1.)
 
     @model_validator(mode="after")
-    def _sgd_has_no_moments(self) -> "Reptile":
+    def _adam_has_moments(self) -> "Reptile":
         if self.moments == "carried" and self.inner_optimiser == "sgd":
-            raise ValueError("moments: carried goes with inner_optimiser adam alone; SGD has none")
+            raise ValueError("moments: carried needs inner_optimiser adam; SGD has no moments")
+        if self.moments is None and self.inner_optimiser == "adam":
+            raise ValueError("moments is missing: inner_optimiser adam needs reset or carried")
         return self
 
     def init(self, params: Params) -> Params:
-        if self.moments == "reset":
+        if self.moments != "carried":
             return params
         second = {SECOND + name: torch.zeros_like(value) for name, value in params.items()}
         return params | second | {WEIGHT: next(iter(params.values())).new_zeros(())}

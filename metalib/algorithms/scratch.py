@@ -4,7 +4,7 @@ Flennerhag et al. 2019 (https://arxiv.org/abs/1812.01054), section 4.1. What eve
 """
 
 import torch
-from pydantic import ConfigDict, NonNegativeInt, PositiveFloat
+from pydantic import ConfigDict, NonNegativeInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from metalib.types import MetaGradient, Params, TaskBatch, TaskLoss, Watch
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Scratch:
-    inner_lr: PositiveFloat
+    inner_lr: inner.Rate
     inner_steps: NonNegativeInt
 
     def init(self, params: Params) -> Params:
