@@ -1,114 +1,100 @@
-"""Compare all algorithms in one setting."""
+"""Compare the learners of one setting."""
 
 import csv
 import itertools
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import matplotlib
 import torch
 import typer
+from rich.markdown import Markdown
 
-from metalib.evaluation import Difference, differences
-from stages import files, params, tables
+from metalib.comparison import Difference, differences
+from stages import files, tables
 from stages.command import console, one_sentence
+from stages.palette import style
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 app = typer.Typer(add_completion=False)
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito: colour-blind safe
+Rows = dict[str, dict[str, Any]]  # algorithm -> its metrics and what they are of
+
+
+class Curve(NamedTuple):
+    """Accuracy in % against a count of steps."""
+
+    x: list[int]
+    y: list[float]
 
 
 @app.command()
 @one_sentence
-def main(setting: Annotated[str, typer.Argument(help="for instance 5w1s")]) -> None:
-    """Write reports/<setting>.md and .png, and plots/<setting>/: learning curves, accuracies, differences as CSV."""
-    file = params.read()
-    shape = params.setting(file, setting)
-    metrics = tables.metrics(file, setting)
-    if not metrics:
+def main(
+    setting: Annotated[str, typer.Argument(help="for instance 5w1s")],
+    only: Annotated[list[str] | None, typer.Option(help="a learner to compare; may be given several times")] = None,
+) -> None:
+    """Write a page, a figure and the paired differences of all learners that were evaluated in a setting.
+
+    reports/<setting>.md and .png, and plots/differences/<setting>.csv.
+    With --only, the page of just these learners is printed, and nothing is written.
+    """
+    rows = tables.results(setting)
+    if not rows:
         raise ValueError(f"metrics/{setting} holds no result; make them with: dvc repro compare@{setting}")
-    pairs = compared(setting, list(metrics))
-    curves = {name: learning_curve(setting, name) for name in metrics}
-    title = f"{shape.way}-way {shape.shot}-shot"
-    line = tables.provenance(list(metrics.values()))
+    if unknown := [name for name in only or [] if name not in rows]:
+        raise ValueError(f"--only: {unknown[0]!r} has no result in {setting}; there are {', '.join(sorted(rows))}")
+    if only:
+        rows = {name: row for name, row in rows.items() if name in only}
+        text = page(setting, rows, compared(setting, list(rows)))
+        console.print(Markdown(text) if console.is_terminal else text, markup=False, highlight=False)
+        return
+    pairs = compared(setting, list(rows))
+    table = Path(f"plots/differences/{setting}.csv")
+    text = page(setting, rows, pairs)
+    if pairs:
+        text += f"\nEvery pair with its interval and p: [{table}](../{table}).\n"
+        files.write_csv(table, [pair._asdict() for pair in pairs])
+    else:
+        with files.whole(table) as beside:
+            beside.write_text(",".join(Difference._fields) + "\n")
+    text += f"\n![Accuracy, learning curves and inner steps of {tables.title(rows)}]({setting}.png)\n"
     with files.whole(Path(f"reports/{setting}.md")) as beside:
-        beside.write_text(report(title, setting, line, metrics, pairs))
+        beside.write_text(text)
     with files.whole(Path(f"reports/{setting}.png")) as beside:
-        draw(beside, title, setting, line, metrics, curves)
-    with files.whole(Path(f"plots/{setting}")) as folder:
-        folder.mkdir()
-        rows = [{"algorithm": n, **point} for n, curve in curves.items() for point in curve]
-        write_csv(folder / "learning_curves.csv", rows)
-        write_csv(folder / "by_step.csv", by_step(metrics))
-        write_csv(folder / "differences.csv", [d._asdict() for d in pairs])
-    console.print(f"reports/{setting}.md: {len(metrics)} algorithms, {len(pairs)} differences")
+        draw(beside, setting, rows)
+    console.print(f"reports/{setting}.md: {len(rows)} algorithms, {len(pairs)} differences")
 
 
 def compared(setting: str, names: list[str]) -> list[Difference]:
     """Paired differences of the seeds' mean accuracy on the tasks that all algorithms were tested on."""
     accuracies = {}
-    for name in names:
+    for name in sorted(names):
         with files.load_arrays(files.results_file(setting, name), f"evaluate@{name}-{setting}") as arrays:
             accuracies[name] = torch.from_numpy(arrays["transductive"])[:, -1].mean(0)
     count = min(len(values) for values in accuracies.values())
     return differences({name: values[:count] for name, values in accuracies.items()})
 
 
-def learning_curve(setting: str, name: str) -> list[dict[str, Any]]:
-    """Validation accuracy against meta-steps, mean over seeds."""
-    by_step: dict[int, list[float]] = {}
-    for history in sorted(files.model_folder(setting, name).glob("seed*.csv")):
-        with open(history, newline="") as rows:
-            for row in csv.DictReader(rows):
-                if row["validation"]:
-                    by_step.setdefault(int(row["step"]), []).append(float(row["validation"]))
-    return [{"step": step, "validation": round(sum(values) / len(values), 2)} for step, values in sorted(by_step.items())]
-
-
-def meta_training(setting: str, name: str) -> str:
-    """How long the model was trained: meta-steps x tasks in each."""
-    try:
-        outer = json.loads((files.model_folder(setting, name) / "meta.json").read_text())["outer"]
-    except OSError as error:
-        raise ValueError(f"no trained model ({error}); make it with: dvc repro meta_train@{name}-{setting}") from None
-    return f"{outer['meta_steps']} x {outer['meta_batch']}"
-
-
-def by_step(metrics: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Test accuracy after each number of inner steps, under both protocols."""
-    return [
-        {"algorithm": name, "inner_step": int(k[1:]), "transductive": value, "inductive": row["inductive_by_step"][k]}
-        for name, row in metrics.items()
-        for k, value in row["by_step"].items()
-    ]
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    header = list(rows[0]) if rows else list(Difference._fields)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, header)
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-
-
-def report(title: str, setting: str, line: str, metrics: dict[str, dict[str, Any]], pairs: list[Difference]) -> str:
-    """The setting's page."""
+def page(setting: str, rows: Rows, pairs: list[Difference]) -> str:
+    """The setting's page: every learner by rank, then their differences."""
     known = tables.published()
-    rows = []
-    for name, row in sorted(metrics.items(), key=lambda item: -item[1]["accuracy"]):
+    table = []
+    for name, row in rows.items():
         theirs = known.get((name, setting))
-        rows.append([
+        table.append([
             name,
             tables.percent(row["accuracy"], row["ci95"]),
             tables.percent(row["inductive"], row["inductive_ci95"]),
             tables.published_text(*theirs) if theirs else "-",
             f"{row['seed_std']:.2f}" if "seed_std" in row else "-",
-            str(len(row["by_step"]) - 1),
+            str(row["inner_steps"]),
             f"{row['train_shot']} + {row['train_query']}",
-            meta_training(setting, name),
+            f"{row['meta_steps']} x {row['meta_batch']}" if row["meta_steps"] else "none",
         ])  # fmt: skip
     header = [
         "algorithm",
@@ -121,27 +107,35 @@ def report(title: str, setting: str, line: str, metrics: dict[str, dict[str, Any
         "meta-steps x tasks",
     ]
     text = [
-        f"# {title}",
-        f"Accuracy in %, 95 % interval over test tasks: {line}.",
-        tables.markdown(header, rows),
-        "Transductive: batch norm over the whole query set, as the published numbers of the slides' table are. Inductive: "
-        "batch norm with the support set's statistics.",
-        "Learners need not have trained equally long: the last column. Who is ahead after the same time, and what a meta-step "
-        "of each takes, is in the [benchmarks](../benchmarks/README.md).",
+        f"# {tables.title(rows)}",
+        "Test accuracy in %, with its 95 % interval over test tasks.",
+        f"What it is of: {tables.provenance(rows)}.",
+        tables.markdown(header, table),
+        "*Transductive*: batch norm with the statistics of the whole query set, as for the published numbers. *Inductive*: "
+        "with those of the support set, so that a prediction does not depend on the other queries. *Inner steps* are those at "
+        "test; *images per class* are support + query.",
+        "The learners were not all trained for equally long: the last column says for how many meta-steps, and with how many "
+        "tasks in each. The [benchmarks](../benchmarks/README.md) show who is ahead after the same time, and what a meta-step "
+        "of each learner costs.",
     ]
     if pairs:
-        ranked = sorted(metrics, key=lambda name: -metrics[name]["accuracy"])
+        ranked = list(rows)
         text += [
             "## Differences on the same test tasks",
-            "Each learner and the next in rank, in points:",
-            tables.markdown(["pair", "points", "p", "at 5 %"], neighbours(ranked, pairs)),
-            "Row minus column (by rank), in points, of all pairs; in brackets where the sign is not decided at 5 %:",
-            tables.markdown(["", *(str(rank) for rank in range(2, len(ranked) + 1))], matrix(ranked, pairs)),
-            f"Transductive. Paired t-tests, p Holm-corrected for {len(pairs)} pair(s); all with their intervals in "
-            f"plots/{setting}/differences.csv. They speak of the tasks drawn, for the weights these seeds gave; how much a "
-            "training seed moves a learner is the standard deviation over seeds above.",
+            "Each learner and the next in rank, in percentage points:",
+            tables.markdown(["pair", "difference", "p", "at the 5 % level"], neighbours(ranked, pairs)),
         ]
-    text.append(f"![Accuracy, learning curves and inner steps of {title}]({setting}.png)")
+        if len(ranked) > 2:
+            text += [
+                "All pairs, row minus column (a rank), in points; in brackets where it is undecided which is better:",
+                tables.markdown(["", *(str(rank) for rank in range(2, len(ranked) + 1))], matrix(ranked, pairs)),
+            ]
+        number = "one pair" if len(pairs) == 1 else f"{len(pairs)} pairs"
+        text.append(
+            f"Accuracies are transductive; p is of a paired t-test, Holm-corrected for {number}. Intervals and p-values cover "
+            "the random choice of test tasks, not the training: another seed would give other weights. The standard deviation "
+            "over seeds, in the first table, shows how much that changes; a budget with one seed has none."
+        )
     return "\n\n".join(text) + "\n"
 
 
@@ -156,7 +150,7 @@ def neighbours(ranked: list[str], pairs: list[Difference]) -> list[list[str]]:
     known = between(pairs)
     rows = []
     for d in (known[pair] for pair in itertools.pairwise(ranked)):
-        verdict = f"{d.first if d.mean > 0 else d.second} is better" if d.p < 0.05 else "not decided"
+        verdict = f"{d.first if d.mean > 0 else d.second} is better" if d.p < 0.05 else "undecided"
         rows.append([f"{d.first} - {d.second}", f"{100 * d.mean:+.2f} ± {100 * d.ci95:.2f}", f"{d.p:.2g}", verdict])
     return rows
 
@@ -174,50 +168,75 @@ def matrix(ranked: list[str], pairs: list[Difference]) -> list[list[str]]:
     return [[f"{rank} {a}", *(cell(a, b) for b in ranked[1:])] for rank, a in enumerate(ranked[:-1], 1)]
 
 
-def draw(
-    path: Path,
-    title: str,
-    setting: str,
-    line: str,
-    metrics: dict[str, dict[str, Any]],
-    curves: dict[str, list[dict[str, Any]]],
-) -> None:
-    """Three panels: accuracy beside the published number, learning curves, accuracy by inner step (in rank order)."""
-    known = tables.published()
-    names = sorted(metrics, key=lambda name: metrics[name]["accuracy"])
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 2.6 + 0.24 * len(names)), layout="constrained")
-    style = {name: (COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--") for i, name in enumerate(sorted(metrics))}
-    for place, name in enumerate(names):
-        row = metrics[name]
-        shown = [
-            (row["accuracy"], row["ci95"], "o", "black", 0.2),
-            (row["inductive"], row["inductive_ci95"], "s", "#0072B2", 0.0),
-        ]
-        if (name, setting) in known:
-            accuracy, half = known[name, setting]
-            shown.append((float(accuracy), float(half or 0), "D", "#D55E00", -0.2))
-        for value, half, marker, shade, shift in shown:
-            left.errorbar(value, place + shift, xerr=half, fmt=marker, color=shade, capsize=3, markersize=4)
-    for marker, shade, label in (("o", "black", "transductive"), ("s", "#0072B2", "inductive"), ("D", "#D55E00", "published")):
-        left.plot([], [], marker, color=shade, label=label)
-    left.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4), xlabel="test accuracy, %")
-    left.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-    for name in reversed(names):
-        colour, line_style = style[name]
-        curve = curves[name] if len(curves[name]) > 1 else []  # a single point is of a learner that learns nothing
-        x, y = [p["step"] for p in curve], [p["validation"] for p in curve]
-        middle.plot(x, y, "o", linestyle=line_style, color=colour, label=name, markersize=3)
-        by_steps = {int(k[1:]): accuracy for k, accuracy in metrics[name]["by_step"].items() if k != "k0"}
-        right.plot(list(by_steps), list(by_steps.values()), "o", linestyle=line_style, color=colour, markersize=3)
-    middle.set(xlabel="meta-steps", ylabel="validation accuracy, %")
-    right.set(xlabel="inner steps at test", ylabel="test accuracy, transductive, %")
-    right.xaxis.get_major_locator().set_params(integer=True)
+def curve(setting: str, name: str, file: str, x: str, y: str) -> Curve:
+    """Two columns of one of the tables that evaluate leaves."""
+    path = files.plots_folder(setting, name) / file
+    try:
+        with open(path, newline="") as table:
+            points = [(int(row[x]), float(row[y])) for row in csv.DictReader(table)]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); make it with: dvc repro evaluate@{name}-{setting}") from None
+    return Curve([point[0] for point in points], [point[1] for point in points])
+
+
+def draw(path: Path, setting: str, rows: Rows) -> None:
+    """Three panels: accuracy beside the published number, learning curves, accuracy by inner step.
+
+    A learner has one colour and one marker in all three; whoever learned nothing would stretch every axis, and is only noted.
+    """
+    looks = style(list(rows))
+    trained = [name for name in rows if rows[name]["meta_steps"]] or list(rows)
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(13, 2.8 + 0.26 * len(rows)), layout="constrained", width_ratios=(1.15, 1, 1)
+    )
+    ranking(left, setting, rows, trained)
+    for name in trained:
+        look = looks[name] | {"markersize": 4, "linewidth": 1.4, "label": name}
+        middle.plot(*curve(setting, name, "learning_curve.csv", "step", "validation"), **look)
+        steps = curve(setting, name, "by_step.csv", "inner_step", "transductive")
+        right.plot(steps.x[1:], steps.y[1:], **look)  # before the first step a learner guesses
+    middle.set(xlabel="meta-steps", ylabel="validation accuracy, %", title="while meta-training")
+    if any(rows[name]["meta_steps"] for name in trained):  # the longest training would squeeze the others
+        middle.set(xlabel="meta-steps, log scale", xscale="log")
+        low, high = middle.get_xlim()
+        ticks = [tick for power in range(7) for tick in (10**power, 2 * 10**power, 5 * 10**power) if low <= tick <= high]
+        middle.set_xticks(ticks, [f"{tick // 1000}k" if tick >= 1000 else str(tick) for tick in ticks])
+        middle.xaxis.set_minor_locator(NullLocator())
+    right.set(xlabel="inner steps at test", ylabel="test accuracy, transductive, %", title="while adapting to test tasks")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
-    figure.legend(*middle.get_legend_handles_labels(), loc="outside right center", fontsize="small", frameon=False)
-    figure.suptitle(f"{title}\n{line}", fontsize=8)
+        axis.title.set_size("medium")
+    names = middle.get_legend_handles_labels()
+    figure.legend(*names, loc="outside right center", fontsize="small", frameon=False, handlelength=3.5)
+    figure.suptitle(f"{tables.title(rows)}\n{tables.provenance(rows)}", fontsize=8)
     figure.savefig(path, dpi=120, format="png", metadata={"Software": None})
     plt.close(figure)
+
+
+def ranking(axis: Axes, setting: str, rows: Rows, trained: list[str]) -> None:
+    """A line for each learner: filled markers are transductive, open ones inductive, a cross is the published number."""
+    looks, known = style(list(rows)), tables.published()
+    for place, (name, row) in enumerate(rows.items()):
+        marker = looks[name] | {"linestyle": "none", "markersize": 5, "capsize": 3}
+        if name not in trained:
+            note = f"← not trained: {row['accuracy']:.1f}, inductive {row['inductive']:.1f}"
+            axis.annotate(note, (0.02, place), xycoords=axis.get_yaxis_transform(), va="center", fontsize="small")
+            continue
+        axis.errorbar(row["accuracy"], place - 0.2, xerr=row["ci95"], **marker)
+        axis.errorbar(row["inductive"], place, xerr=row["inductive_ci95"], **marker | {"markerfacecolor": "white"})
+        if (name, setting) in known:
+            accuracy, half = known[name, setting]
+            axis.errorbar(float(accuracy), place + 0.2, xerr=float(half or 0), **marker | {"marker": "x", "capsize": 0})
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel="test accuracy, %")
+    grey: dict[str, Any] = {"color": "#555555", "linestyle": "none", "markersize": 5}
+    handles = [
+        Line2D([], [], marker="o", label="transductive", **grey),
+        Line2D([], [], marker="o", markerfacecolor="white", label="inductive", **grey),
+        Line2D([], [], marker="x", label="published, transductive", **grey),
+    ]
+    axis.legend(handles=handles, fontsize="small", loc="lower center", bbox_to_anchor=(0.4, 1), ncols=3, frameon=False)
 
 
 if __name__ == "__main__":

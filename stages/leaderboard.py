@@ -1,10 +1,11 @@
 """All settings in the shape of the slides' table."""
 
+import math
 from pathlib import Path
 
 import typer
 
-from stages import files, params, tables
+from stages import files, tables
 from stages.command import console, one_sentence
 
 app = typer.Typer(add_completion=False)
@@ -13,44 +14,55 @@ app = typer.Typer(add_completion=False)
 @app.command()
 @one_sentence
 def main() -> None:
-    """Write reports/leaderboard.md and plots/leaderboard.csv from every metric there is."""
-    file = params.read()
-    settings = [key[1:] for key in file.tasks.settings]
-    metrics = {setting: tables.metrics(file, setting) for setting in settings}
-    names = [name for name in file.algorithms if any(name in metrics[setting] for setting in settings)]
+    """Write reports/leaderboard.md and plots/leaderboard.csv from every result in metrics/."""
+    found = {setting: tables.results(setting) for setting in tables.settings()}
+    found = {setting: rows for setting, rows in found.items() if rows}
+    if not found:
+        raise ValueError("metrics/ holds no result; make them with: dvc repro")
+    names = ranked(found)
     known = tables.published()
-    titles = [f"{shape.way}-way {shape.shot}-shot" for shape in (params.setting(file, s) for s in settings)]
-    text = ["# Leaderboard", "Accuracy in %, 95 % interval over test tasks."]
+    text = ["# Leaderboard", "Test accuracy in %, with its 95 % interval over test tasks, ranked by the first column."]
     for kind, half in (("accuracy", "ci95"), ("inductive", "inductive_ci95")):
-        rows = []
+        table = []
         for name in names:
-            cells = [metrics[s].get(name) for s in settings]
-            rows.append([name, *(tables.percent(c[kind], c[half]) if c else "-" for c in cells)])
-            if kind == "accuracy" and any((name, s) in known for s in settings):
-                theirs = [known.get((name, s)) for s in settings]
-                rows.append([f"{name}, published", *(tables.published_text(*t) if t else "-" for t in theirs)])
+            cells = [rows.get(name) for rows in found.values()]
+            table.append([name, *(tables.percent(cell[kind], cell[half]) if cell else "-" for cell in cells)])
+            if kind == "accuracy" and any((name, setting) in known for setting in found):
+                theirs = [known.get((name, setting)) for setting in found]
+                table.append([f"{name}, published", *(tables.published_text(*t) if t else "-" for t in theirs)])
         text += [
             "## Transductive" if kind == "accuracy" else "## Inductive",
-            tables.markdown(["algorithm", *titles], rows),
+            tables.markdown(["algorithm", *(tables.title(rows) for rows in found.values())], table),
         ]
-    lines = [
-        f"- {title}: {tables.provenance(list(metrics[s].values()))}"
-        for s, title in zip(settings, titles, strict=True)
-        if metrics[s]
+    text += [
+        "## What each column is of",
+        "\n".join(f"- {tables.title(rows)}: {tables.provenance(rows)}" for rows in found.values()),
+        "Published numbers are transductive, and measured on their authors' own test tasks. They are from the slides' table "
+        "or, where it has no row, from the papers: MAML++ (Antoniou et al. 2019, an ensemble) and ANIL (Raghu et al. 2020). "
+        "Each is of 600 tasks with as many query images per class as shots; Reptile's are of 10,000 tasks with one.",
     ]
-    text += ["## What each column is of", "\n".join(lines)]
-    text.append(
-        "Published: transductive, on test tasks of their own; the table of the slides and, where it has no row, the papers: "
-        "MAML++ (Antoniou et al. 2019, an ensemble), ANIL (Raghu et al. 2020). 600 test tasks and as "
-        "many query images per class as shots; Reptile: 10,000 and one."
-    )
     with files.whole(Path("reports/leaderboard.md")) as beside:
         beside.write_text("\n\n".join(text) + "\n")
-    with files.whole(Path("plots/leaderboard.csv")) as beside:
-        found = [(s, n, metrics[s][n]) for s in settings for n in names if n in metrics[s]]
-        lines = [f"{s},{n},{m['accuracy']},{m['ci95']},{m['inductive']},{m['budget']},{m['data']}" for s, n, m in found]
-        beside.write_text("\n".join(["setting,algorithm,accuracy,ci95,inductive,budget,data", *lines]) + "\n")
-    console.print(f"reports/leaderboard.md: {len(names)} algorithms in {len(settings)} settings")
+    columns = ("accuracy", "ci95", "inductive", "budget", "data")
+    files.write_csv(
+        Path("plots/leaderboard.csv"),
+        [
+            {"setting": setting, "algorithm": name} | {column: rows[name][column] for column in columns}
+            for setting, rows in found.items()
+            for name in names
+            if name in rows
+        ],
+    )
+    console.print(f"reports/leaderboard.md: {len(names)} algorithms in {len(found)} settings")
+
+
+def ranked(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """Every learner, by its accuracy in the first setting; those that lack it follow, by the next."""
+
+    def rank(name: str) -> list[float]:
+        return [-rows[name]["accuracy"] if name in rows else math.inf for rows in found.values()]
+
+    return sorted({name for rows in found.values() for name in rows}, key=rank)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,38 @@
-"""What the compare and leaderboard stages share: results, published numbers, and the line that says what they are of."""
+"""What the pages share: results, published numbers, the line that says what they are of, and Markdown tables."""
 
 import csv
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stages import files, params
+from stages import files
 
+METRICS = Path("metrics")
 PUBLISHED = Path(__file__).with_name("published.csv")
 
 
-def metrics(file: params.File, setting: str) -> dict[str, dict[str, Any]]:
-    """The metrics of every algorithm of params.yaml that has been evaluated in the setting."""
-    found = {name: files.metrics_file(setting, name) for name in file.algorithms}
-    return {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
+def settings() -> list[str]:
+    """Those that metrics/ has a folder of, by way and shot."""
+    found = (re.fullmatch(r"(\d+)w(\d+)s", folder.name) for folder in METRICS.glob("*"))
+    return [match[0] for match in sorted(filter(None, found), key=lambda match: (int(match[1]), int(match[2])))]
+
+
+def results(setting: str) -> dict[str, dict[str, Any]]:
+    """algorithm -> its metrics and what they are of, for all that metrics/<setting> holds, the most accurate first."""
+    names = (path.stem for path in (METRICS / setting).glob("*.json") if not path.name.endswith(".run.json"))
+    rows = {}
+    for name in sorted(names):
+        try:
+            rows[name] = {
+                key: value
+                for path in (files.run_file(setting, name), files.metrics_file(setting, name))
+                for key, value in json.loads(path.read_text()).items()
+            }
+        except (OSError, ValueError) as error:
+            raise ValueError(f"a result cannot be read ({error}); make it with: dvc repro evaluate@{name}-{setting}") from None
+    return dict(sorted(rows.items(), key=lambda item: -item[1]["accuracy"]))
 
 
 def published() -> dict[tuple[str, str], tuple[str, str]]:
@@ -26,21 +45,27 @@ def published_text(accuracy: str, half: str) -> str:
     return f"{accuracy} ± {half}" if half else accuracy
 
 
-def provenance(rows: list[dict[str, Any]]) -> str:
-    """Data, split, budget and protocol of some metrics, in one line; where they differ, all values are named."""
+def title(rows: dict[str, dict[str, Any]]) -> str:
+    """5-way 1-shot, from the results of a setting."""
+    row = next(iter(rows.values()))
+    return f"{row['way']}-way {row['shot']}-shot"
+
+
+def provenance(rows: dict[str, dict[str, Any]]) -> str:
+    """Data, split, budget and protocol of a setting's results, in one line; where they differ, all values are named."""
 
     def of(key: str) -> str:
-        return " and ".join(sorted({str(row[key]) for row in rows}))
+        return " and ".join(str(value) for value in sorted({row[key] for row in rows.values()}))
 
     return (
-        f"data {of('data')} at {of('images')}, split {of('split')}, budget {of('budget')}, "
-        f"{of('query')} query images per class, {of('tasks')} test tasks, {of('seeds')} training seed(s), "
-        f"rotations: training {of('train_rotations')}, test {of('test_rotations')}, "
-        f"trained with {of('train_statistics')} batch statistics"
+        f"data {of('data')}, {of('images')}; split {of('split')}; budget {of('budget')}; training seeds: {of('seeds')}; "
+        f"test tasks: {of('tasks')}; query images per class: {of('query')}; "
+        f"rotations: {of('train_rotations')} in training, {of('test_rotations')} at test; "
+        f"batch statistics in training: {of('train_statistics')}"
     )
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table with its first column to the left and the others to the right."""
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
