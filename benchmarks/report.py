@@ -3,7 +3,6 @@
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from stages import tables
-from stages.command import device_name
+from stages.command import commit, device_name
 
 RESULTS = Path("benchmarks/results")
 
@@ -30,19 +29,6 @@ def header(title: str, module: str, device: torch.device, versions: Mapping[str,
     ]
     command = " ".join([*chosen, "python -m", module, shlex.join(sys.argv[1:])]).strip()
     return f"# {title}\n\n`{command}`\n\n{'; '.join(facts)}."
-
-
-def commit() -> str:
-    """The short hash of HEAD, with "+" if tracked code or parameters have changed since; "none" outside of git."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(["git", *command], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.cpp", "*.yaml")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> str:

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import platform
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -54,6 +55,19 @@ def chosen_device() -> torch.device:
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)  # streams and graphs are made on the current device
     return chosen
+
+
+def commit() -> str:
+    """The short hash of HEAD, with "+" if tracked code or parameters have changed since; "none" outside of git."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.cpp", "*.yaml")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
 
 
 def device_name(device: torch.device) -> str:

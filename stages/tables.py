@@ -65,9 +65,9 @@ def provenance(rows: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with its first column to the left and the others to the right."""
-    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table whose first `left` columns are aligned to the left, the others to the right."""
+    lines = [header, [*[":--"] * left, *["--:"] * (len(header) - left)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -2,7 +2,6 @@
 
 import math
 import platform
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from stages import files, tables
-from stages.command import console, device_name
+from stages.command import commit, console, device_name
 
 PAGES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -86,7 +85,7 @@ def write(
         beside.write_text(page.rstrip() + "\n")
     files.write_json(Path(f"reports/studies/{name}.metrics.json"), metrics)
     run = {
-        "commit": _commit(),
+        "commit": commit(),
         "device": f"{device.type} ({device_name(device)})",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -95,16 +94,3 @@ def write(
     }
     files.write_json(Path(f"reports/studies/{name}.run.json"), run)
     console.print(f"reports/studies/{name}.md: {run['seconds']} s on {device}")
-
-
-def _commit() -> str:
-    """The commit that the study ran on, with "+" if code or params had changed since; "none" outside of git."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(["git", *command], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "metalib", "stages", "studies", "params.yaml")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
