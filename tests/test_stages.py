@@ -151,11 +151,13 @@ def test_the_bar_keeps_count_rate_and_time_left_at_80_columns() -> None:
     assert "99999/100000" in shown and "123.4 steps/s" in shown and "-:--:--" in shown and "98.70 %" in shown
 
 
-def test_divergence_names_algorithm_setting_and_step(edit: Edit, stage: Stage) -> None:
-    edit(algorithms__maml__quick__common__inner_lr=100, algorithms__maml__quick__common__inner_steps=50)
+def test_divergence_names_algorithm_setting_and_step(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit()
     prepare(stage)
+    lost = lambda params, x, y: torch.nan * params["head.weight"].flatten(1).sum(1)  # noqa: E731
+    monkeypatch.setattr(meta_train, "Conv4Loss", lambda network, support: lost)
     said = stage(meta_train.app, "maml", "5w1s", fails=True)
-    assert "maml 5w1s seed 0, 1: the query loss or the meta-gradient stopped being finite between meta-steps 0 and 2" in said
+    assert "maml 5w1s seed 0, 1: the query loss or the meta-gradient" in said and "between meta-steps 0 and 2" in said
     assert not Path("models/5w1s/maml").exists()
 
 
