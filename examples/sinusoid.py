@@ -4,18 +4,21 @@ A task is a sine of its own amplitude and phase; ten points of it are the suppor
 needs is the loss of each task's weights on each task's points. Run it from the project's root: python -m examples.sinusoid
 """
 
-import sys
 from itertools import pairwise
+from typing import Any
 
+import matplotlib
 import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
 from metalib import algorithms
-from metalib.types import Params, TaskBatch
+from metalib.types import MetaLearner, Params, TaskBatch
+
+matplotlib.use("Agg")  # into a file: no screen is needed
 
 IMPLICIT = {"inner_optimiser": "sgd", "proximal": "each", "solver": "cg", "damping": 0.0, "lam_damping": 0.0}
-LEARNERS = {
+LEARNERS: dict[str, dict[str, Any]] = {
     "maml": {"inner_lr": 0.01, "inner_steps": 5},
     "fomaml": {"inner_lr": 0.01, "inner_steps": 5},
     "reptile": {"inner_lr": 0.02, "inner_steps": 10, "inner_optimiser": "sgd"},
@@ -44,7 +47,7 @@ def sines(count: int, query_points: int = 10) -> TaskBatch:
     )
 
 
-def meta_train(name: str, meta_steps: int, meta_batch: int = 25) -> tuple[algorithms.MetaLearner, Params]:
+def meta_train(name: str, meta_steps: int, meta_batch: int = 25) -> tuple[MetaLearner, Params]:
     """A learner and its meta-parameters after meta-training with Adam."""
     torch.manual_seed(0)
     params = {}
@@ -64,7 +67,7 @@ def meta_train(name: str, meta_steps: int, meta_batch: int = 25) -> tuple[algori
 
 
 def main(path: str = "sinusoid.png", meta_steps: int = 1000) -> None:
-    """Print each learner's query loss before and after adaptation, and draw how it adapts to one task."""
+    """Print each learner's query loss before and after adaptation, and draw how it adapts to one task, in sinusoid.png."""
     figure, axes = plt.subplots(1, len(LEARNERS), figsize=(4 * len(LEARNERS), 3.5), sharey=True, layout="constrained")
     grid = torch.linspace(-5, 5, 200)
     for name, axis in zip(LEARNERS, axes, strict=True):
@@ -85,4 +88,4 @@ def main(path: str = "sinusoid.png", meta_steps: int = 1000) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main()
