@@ -17,7 +17,8 @@ from metalib.types import Params, TaskBatch
 IMPLICIT = {"inner_optimiser": "sgd", "proximal": "each", "solver": "cg", "damping": 0.0, "lam_damping": 0.0}
 LEARNERS = {
     "maml": {"inner_lr": 0.01, "inner_steps": 5},
-    "reptile": {"inner_lr": 0.01, "inner_steps": 10, "inner_optimiser": "sgd"},
+    "fomaml": {"inner_lr": 0.01, "inner_steps": 5},
+    "reptile": {"inner_lr": 0.02, "inner_steps": 10, "inner_optimiser": "sgd"},
     "imaml": {"inner_lr": 0.01, "inner_steps": 10, "lam": 0.5, "cg_steps": 5, **IMPLICIT},
 }
 
@@ -34,10 +35,10 @@ def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
     return (network(params, x) - y).square().mean(1)
 
 
-def sines(count: int, points: int = 10) -> TaskBatch:
+def sines(count: int, query_points: int = 10) -> TaskBatch:
     """Tasks with amplitudes from 0.1 to 5 and phases from 0 to pi."""
     amplitude, phase = 0.1 + 4.9 * torch.rand(count, 1), torch.pi * torch.rand(count, 1)
-    support, query = 10 * torch.rand(2, count, points) - 5
+    support, query = 10 * torch.rand(count, 10) - 5, 10 * torch.rand(count, query_points) - 5
     return TaskBatch(
         support.unsqueeze(2), amplitude * torch.sin(support - phase), query.unsqueeze(2), amplitude * torch.sin(query - phase)
     )
@@ -46,10 +47,11 @@ def sines(count: int, points: int = 10) -> TaskBatch:
 def meta_train(name: str, meta_steps: int, meta_batch: int = 25) -> tuple[algorithms.MetaLearner, Params]:
     """A learner and its meta-parameters after meta-training with Adam."""
     torch.manual_seed(0)
-    sizes = [1, 40, 40, 1]
     params = {}
-    for layer, (before, after) in enumerate(pairwise(sizes), 1):
-        params |= {f"weight{layer}": 0.5 * torch.randn(before, after) / before**0.5, f"bias{layer}": torch.zeros(after)}
+    for layer, (before, after) in enumerate(pairwise([1, 40, 40, 1]), 1):  # as torch.nn.Linear begins
+        bound = before**-0.5
+        params[f"weight{layer}"] = torch.empty(before, after).uniform_(-bound, bound)
+        params[f"bias{layer}"] = torch.empty(after).uniform_(-bound, bound)
     learner = algorithms.build(name, LEARNERS[name])
     params = learner.init(params)
     outer = torch.optim.Adam(params.values(), lr=0.002)
@@ -61,25 +63,26 @@ def meta_train(name: str, meta_steps: int, meta_batch: int = 25) -> tuple[algori
     return learner, params
 
 
-def main(path: str = "sinusoid.png", meta_steps: int = 2000) -> None:
+def main(path: str = "sinusoid.png", meta_steps: int = 1000) -> None:
     """Print each learner's query loss before and after adaptation, and draw how it adapts to one task."""
     figure, axes = plt.subplots(1, len(LEARNERS), figsize=(4 * len(LEARNERS), 3.5), sharey=True, layout="constrained")
     grid = torch.linspace(-5, 5, 200)
     for name, axis in zip(LEARNERS, axes, strict=True):
         learner, params = meta_train(name, meta_steps)
         torch.manual_seed(2)
-        tasks, seen = sines(100), list[Params]()
+        tasks, seen = sines(100, query_points=200), list[Params]()
         learner.adapt(loss, params, tasks.support_x, tasks.support_y, seen.append)
         before, after = (loss(weights, tasks.query_x, tasks.query_y).mean().item() for weights in (seen[0], seen[-1]))
         print(f"{name}: query loss {before:.3f} before adaptation, {after:.3f} after {len(seen) - 1} steps")
+        axis.plot(tasks.query_x[0, :, 0], tasks.query_y[0], ".", color="0.8", label="the sine")
         axis.plot(tasks.support_x[0, :, 0], tasks.support_y[0], "k^", label="support")
         for step, style in ((0, ":"), (1, "--"), (len(seen) - 1, "-")):
             curve = network(seen[step], grid.expand(100, -1).unsqueeze(2))[0].detach()
-            axis.plot(grid, curve, style, label=f"after {step} steps")
+            axis.plot(grid, curve, style, label=f"after {step} step{'s' * (step != 1)}")
         axis.set(title=name, xlabel="x")
         axis.legend(fontsize="small")
     figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:2])

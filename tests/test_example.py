@@ -10,13 +10,13 @@ from examples import sinusoid
 
 @pytest.mark.parametrize("name", ["maml", "imaml"])
 def test_learners_adapt_to_sines(name: str) -> None:
-    """Inner steps bring the query loss down."""
-    learner, params = sinusoid.meta_train(name, meta_steps=40, meta_batch=10)
-    tasks = sinusoid.sines(50)
+    """A hundred meta-steps, and inner steps bring the query loss down; from the initial weights they hardly do."""
+    learner, params = sinusoid.meta_train(name, meta_steps=100)
+    tasks = sinusoid.sines(200)
     seen: list[dict[str, torch.Tensor]] = []
     learner.adapt(sinusoid.loss, params, tasks.support_x, tasks.support_y, seen.append)
     before, after = (sinusoid.loss(weights, tasks.query_x, tasks.query_y).mean().item() for weights in (seen[0], seen[-1]))
-    assert after < before
+    assert after < 0.9 * before
 
 
 def test_it_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
