@@ -53,7 +53,7 @@ setup: .venv/installed
 # After a change of pyproject.toml: the newest versions that fit. CUDA's packages are for Linux alone.
 lock:
 	rm -rf .lock && "$(PYTHON)" -m venv .lock
-	sed -n '/^dependencies/,/^]/p; /^dev = /p' pyproject.toml | grep -oE '"[^"]+"' | tr -d '"' >.lock/wanted
+	sed -n '/^dependencies/,/^]/p; /^pipeline/,/^]/p; /^dev = /p' pyproject.toml | grep -oE '"[^"]+"' | tr -d '"' >.lock/wanted
 	.lock/bin/python -m pip install --quiet --requirement .lock/wanted
 	(echo '# Exact versions; made by: make lock'; .lock/bin/python -m pip freeze | \
 	    sed -E "/^(nvidia|cuda|triton)/ s/$$/ ; sys_platform == 'linux'/") >requirements.lock

@@ -1,93 +1,91 @@
-"""Sinusoid regression (Finn et al. 2017, section 5.1): metalib on a network and a loss of one's own.
+"""MAML's sinusoid regression (Finn et al. 2017, section 5.1), on a network and a loss that metalib has never seen.
 
-    python -m examples.sinusoid imaml      # or another of LEARNERS; draws sinusoid.png
-
-A task is a sine of random amplitude and phase; ten of its points are the support set, ten others the query set.
+A task is a sine of its own amplitude and phase; ten points of it are the support set, ten others the query set. What a learner
+needs is the loss of each task's weights on each task's points. Run it from the project's root: python -m examples.sinusoid
 """
 
-import sys
+from itertools import pairwise
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib
 import torch
-from torch import Generator, Tensor, vmap
+from matplotlib import pyplot as plt
+from torch import Tensor
 
-from metalib import algorithms, training
-from metalib.types import Params, TaskBatch
+from metalib import algorithms
+from metalib.types import MetaLearner, Params, TaskBatch
 
+matplotlib.use("Agg")  # into a file: no screen is needed
+
+IMPLICIT = {"inner_optimiser": "sgd", "proximal": "each", "solver": "cg", "damping": 0.0, "lam_damping": 0.0}
 LEARNERS: dict[str, dict[str, Any]] = {
-    "maml": {"inner_lr": 0.02, "inner_steps": 5},
-    "fomaml": {"inner_lr": 0.02, "inner_steps": 5},
-    "meta_sgd": {"inner_lr": 0.02, "inner_steps": 5},
-    "reptile": {"inner_lr": 0.02, "inner_steps": 5, "inner_batch": None, "inner_optimiser": "sgd"},
-    "imaml": {"inner_lr": 0.02, "inner_steps": 5, "inner_optimiser": "sgd", "proximal": "each", "lam": 1.0,
-              "solver": "cg", "cg_steps": 5, "damping": 0.0, "lam_damping": 0.0},
-}  # fmt: skip
+    "maml": {"inner_lr": 0.01, "inner_steps": 5},
+    "fomaml": {"inner_lr": 0.01, "inner_steps": 5},
+    "reptile": {"inner_lr": 0.02, "inner_steps": 10, "inner_optimiser": "sgd"},
+    "imaml": {"inner_lr": 0.01, "inner_steps": 10, "lam": 0.5, "cg_steps": 5, **IMPLICIT},
+}
 
 
 def network(params: Params, x: Tensor) -> Tensor:
-    """A plain MLP, of one task: (B, 1) -> (B, 1)."""
-    x = torch.tanh(x @ params["w1"] + params["b1"])
-    x = torch.tanh(x @ params["w2"] + params["b2"])
-    return x @ params["w3"] + params["b3"]
+    """Two hidden layers of 40 units. Weights (T, *shape), x (T, B, 1) -> (T, B)."""
+    for layer in ("1", "2"):
+        x = torch.relu(torch.baddbmm(params["bias" + layer].unsqueeze(1), x, params["weight" + layer]))
+    return torch.baddbmm(params["bias3"].unsqueeze(1), x, params["weight3"]).squeeze(2)
 
 
-@vmap
 def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared error, of one task; vmap turns it into that of T tasks, (T,)."""
-    return (network(params, x) - y).square().mean()
+    """The mean squared error of each task, (T,)."""
+    return (network(params, x) - y).square().mean(1)
 
 
-def initial(random: Generator, width: int = 40) -> Params:
+def sines(count: int, query_points: int = 10) -> TaskBatch:
+    """Tasks with amplitudes from 0.1 to 5 and phases from 0 to pi."""
+    amplitude, phase = 0.1 + 4.9 * torch.rand(count, 1), torch.pi * torch.rand(count, 1)
+    support, query = 10 * torch.rand(count, 10) - 5, 10 * torch.rand(count, query_points) - 5
+    return TaskBatch(
+        support.unsqueeze(2), amplitude * torch.sin(support - phase), query.unsqueeze(2), amplitude * torch.sin(query - phase)
+    )
+
+
+def meta_train(name: str, meta_steps: int, meta_batch: int = 25) -> tuple[MetaLearner, Params]:
+    """A learner and its meta-parameters after meta-training with Adam."""
+    torch.manual_seed(0)
     params = {}
-    for layer, (wide, next_wide) in enumerate([(1, width), (width, width), (width, 1)], 1):
-        params[f"w{layer}"] = torch.randn(wide, next_wide, generator=random) / wide**0.5
-        params[f"b{layer}"] = torch.randn(next_wide, generator=random)
-    return params
-
-
-def draw(random: Generator, count: int) -> TaskBatch:
-    amplitude = 0.1 + 4.9 * torch.rand(count, 1, 1, generator=random)
-    phase = torch.pi * torch.rand(count, 1, 1, generator=random)
-    x = 10 * torch.rand(count, 20, 1, generator=random) - 5
-    y = amplitude * torch.sin(x - phase)
-    return TaskBatch(x[:, :10], y[:, :10], x[:, 10:], y[:, 10:])
-
-
-def main(name: str = "maml", meta_steps: int = 1000, picture: str = "sinusoid.png") -> None:
-    """Meta-train, then draw how the initial weights adapt to three new tasks."""
+    for layer, (before, after) in enumerate(pairwise([1, 40, 40, 1]), 1):  # as torch.nn.Linear begins
+        bound = before**-0.5
+        params[f"weight{layer}"] = torch.empty(before, after).uniform_(-bound, bound)
+        params[f"bias{layer}"] = torch.empty(after).uniform_(-bound, bound)
     learner = algorithms.build(name, LEARNERS[name])
-    validation, test = draw(Generator().manual_seed(1), 200), draw(Generator().manual_seed(2), 3)
+    params = learner.init(params)
+    outer = torch.optim.Adam(params.values(), lr=0.002)
+    for _ in range(meta_steps):
+        grads, _ = learner.meta_gradient(loss, params, sines(meta_batch))
+        for key, value in params.items():
+            value.grad = grads[key]
+        outer.step()
+    return learner, params
 
-    def score(params: Params) -> float:
-        """Higher is better."""
-        adapted = learner.adapt(loss, params, validation.support_x, validation.support_y)
-        return -float(loss(adapted, validation.query_x, validation.query_y).detach().mean())
 
-    random = Generator().manual_seed(0)
-    outer = training.Outer(optimiser="adam", lr=0.003, schedule="cosine", meta_steps=meta_steps, meta_batch=25, validations=5)
-    for now in training.train(
-        learner, loss, [initial(random)], lambda g, count: draw(g[0], count), score, outer, generators=[random]
-    ):
-        if isinstance(now, training.Result):
-            params = now.params[0]
-        elif now.validation:
-            print(f"{name}: mean squared error {-now.validation[0]:.2f} after {now.step} meta-steps")
-
-    weights = list[Params]()  # after 0, 1, ... inner steps
-    learner.adapt(loss, params, test.support_x, test.support_y, watch=weights.append)
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), sharey=True, layout="constrained")
-    x = torch.linspace(-5, 5, 200).view(1, 200, 1).expand(3, 200, 1)
-    for steps in (0, 1, len(weights) - 1):
-        curves = vmap(network)(weights[steps], x).detach()
-        for axis, curve in zip(axes, curves, strict=True):
-            axis.plot(x[0], curve, label=f"{steps} inner steps")
-    for task, axis in enumerate(axes):
-        axis.plot(test.support_x[task], test.support_y[task], "k^", label="support")
-        axis.plot(test.query_x[task], test.query_y[task], "k.", label="query")
-    axes[0].legend()
-    figure.savefig(picture)
+def main(path: str = "sinusoid.png", meta_steps: int = 1000) -> None:
+    """Print each learner's query loss before and after adaptation, and draw how it adapts to one task, in sinusoid.png."""
+    figure, axes = plt.subplots(1, len(LEARNERS), figsize=(4 * len(LEARNERS), 3.5), sharey=True, layout="constrained")
+    grid = torch.linspace(-5, 5, 200)
+    for name, axis in zip(LEARNERS, axes, strict=True):
+        learner, params = meta_train(name, meta_steps)
+        torch.manual_seed(2)
+        tasks, seen = sines(100, query_points=200), list[Params]()
+        learner.adapt(loss, params, tasks.support_x, tasks.support_y, seen.append)
+        before, after = (loss(weights, tasks.query_x, tasks.query_y).mean().item() for weights in (seen[0], seen[-1]))
+        print(f"{name}: query loss {before:.3f} before adaptation, {after:.3f} after {len(seen) - 1} steps")
+        axis.plot(tasks.query_x[0, :, 0], tasks.query_y[0], ".", color="0.8", label="the sine")
+        axis.plot(tasks.support_x[0, :, 0], tasks.support_y[0], "k^", label="support")
+        for step, style in ((0, ":"), (1, "--"), (len(seen) - 1, "-")):
+            curve = network(seen[step], grid.expand(100, -1).unsqueeze(2))[0].detach()
+            axis.plot(grid, curve, style, label=f"after {step} step{'s' * (step != 1)}")
+        axis.set(title=name, xlabel="x")
+        axis.legend(fontsize="small")
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "maml")
+    main()

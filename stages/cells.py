@@ -25,7 +25,11 @@ def main() -> None:
                 cell = params.cell(file, algorithm, setting)
                 (folder / setting / f"{algorithm}.json").write_text(cell.model_dump_json(indent=1) + "\n")
             files.write_json(folder / f"{setting}.json", {"test_tasks": params.counts(file, setting).test_tasks})
-        cells = {name: params.cell(file, name, "5w1s", study.budget) for name in study.common["learners"]}
+        cells = {}
+        for name in study.common["learners"] if "5w1s" in file.settings else []:
+            if name not in file.algorithms:
+                raise ValueError(f"studies.protocols.common.learners: {name!r} has no section under algorithms")
+            cells[name] = params.cell(file, name, "5w1s", study.budget)
         files.write_json(folder / "protocols.json", {name: cell.model_dump(mode="json") for name, cell in cells.items()})
     console.print(f"{files.CELLS}: {len(file.algorithms)} algorithms in {len(file.settings)} settings")
 

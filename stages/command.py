@@ -33,7 +33,7 @@ def one_sentence(main: Callable[P, None]) -> Callable[P, None]:
 
 
 def prepared(tf32: bool = False) -> torch.device:
-    """The device to compute on, with the process set up for it: memory is kept, float32 is float32 unless `tf32`."""
+    """The device to compute on; the process keeps freed memory, and float32 products are exact to float32 unless `tf32`."""
     device = chosen_device()
     _keep_heap()
     _tensor_float(tf32)

@@ -43,7 +43,7 @@ def metrics_file(setting: str, algorithm: str) -> Path:
 
 
 def run_file(setting: str, algorithm: str) -> Path:
-    """What the metrics are of: no numbers to compare, but what must be known to compare them."""
+    """The metrics' provenance: data, protocol, training."""
     return Path(f"metrics/{setting}/{algorithm}.run.json")
 
 
@@ -53,7 +53,7 @@ def plots_folder(setting: str, algorithm: str) -> Path:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write a file or a folder to, which replaces `path` if all went well, else vanishes."""
+    """A place beside `path` to write a file or a folder to; on success it replaces `path`, otherwise it is deleted."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     _remove(beside)
@@ -149,7 +149,7 @@ def _cell(values: Any) -> Cell:
         return Cell.model_validate(values)
     except ValidationError as error:
         raise ValueError(
-            f"a file of {CELLS} does not fit this code ({describe(error, 'cell')}); run: dvc repro cells"
+            f"a file of {CELLS} was written by another version of the code ({describe(error, 'cell')}); run: dvc repro cells"
         ) from None
 
 

@@ -1,5 +1,6 @@
 """params.yaml, read in one place and checked once; an unknown key is refused, by name."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -177,8 +178,9 @@ def cell(file: File, algorithm: str, setting_name: str, budget: Budgets | None =
         common = sections["common"]
     except KeyError as error:
         raise ValueError(f"{FILE} has no {error.args[0]} where {where} or budgets.{budget} needs one") from None
-    if strange := [key for key in sections if key != "common" and not key.startswith("s")]:
-        raise ValueError(f"{where}.{strange[0]} is neither common nor a setting (5w1s is written s5w1s)")
+    for section, keys in ((where, sections), (f"budgets.{budget}.counts", shared.counts)):
+        if strange := [key for key in keys if key != "common" and not re.fullmatch(r"s\d+w\d+s", key)]:
+            raise ValueError(f"{section}.{strange[0]} is neither common nor a setting (5w1s is written s5w1s)")
     measured = counts(file, setting_name, budget)
     own = _merge(sections.get(f"s{setting_name}") or {}, _nested(changes or {}))
     outer = {"validations": measured.validations} | shared.outer
@@ -189,10 +191,14 @@ def cell(file: File, algorithm: str, setting_name: str, budget: Budgets | None =
     groups = {key: values.pop(key, None) or {} for key in ("network", "outer", "test", "train")}
     for key, group in groups.items():
         if not isinstance(group, dict):
-            raise ValueError(f"{where}.{key}: a mapping is wanted, got {group!r}")
+            raise ValueError(f"{where}.{key}: expected a mapping, got {group!r}")
     network, outer, test, train = groups.values()
     if "classes" in {field.name for field in fields(algorithms.learner_class(algorithm))}:
         values.setdefault("classes", joint_classes(file))
+        if isinstance(values["classes"], int) and values["classes"] < joint_classes(file):
+            raise ValueError(
+                f"{where}.classes: {values['classes']}, but the characters in 4 quarter turns are {joint_classes(file)}"
+            )
     algorithms.build(algorithm, values)  # refuses what is missing, unknown or out of range, before anything runs
     algorithms.build(algorithm, values | test)
     outer_loop = checked(Outer, outer, f"{where}.outer")

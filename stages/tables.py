@@ -1,4 +1,4 @@
-"""What the pages share: results, published numbers, the line that says what they are of, and Markdown tables."""
+"""What the pages share: results, published numbers, the line that states their protocol, and Markdown tables."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ PUBLISHED = Path(__file__).with_name("published.csv")
 
 
 def settings() -> list[str]:
-    """Those that metrics/ has a folder of, by way and shot."""
+    """The settings that metrics/ has a folder for, by way and shot."""
     found = (re.fullmatch(r"(\d+)w(\d+)s", folder.name) for folder in METRICS.glob("*"))
     return [match[0] for match in sorted(filter(None, found), key=lambda match: (int(match[1]), int(match[2])))]
 

@@ -12,7 +12,7 @@ from metalib.models.conv4 import Conv4
 from metalib.models.loss import Conv4Loss
 from metalib.randomness import generator
 from metalib.types import MetaGradient
-from stages.command import tensor_float
+from stages.command import prepared
 from tests import problems
 from tests.test_training import OPTIMISERS, every_optimiser, result, run
 
@@ -55,7 +55,7 @@ def test_every_learner_is_recorded(
     name: str, downsample: Literal["stride", "maxpool"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32, as pipelines train; few steps, so that rounding stays small."""
-    tensor_float(False)
+    prepared()
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     net = Conv4(way=3, image_size=16, filters=4, downsample=downsample)
     starts = [net.init(generator(seed, "initial weights", device="cuda")) for seed in (3, 4)]

@@ -53,11 +53,13 @@ def test_what_is_wrong_is_named(edit: Edit, values: dict[str, Any], complaint: s
 
 
 @pytest.mark.parametrize(("name", "values", "complaint"), [
-    ("reptile", {"quick__common__moments": "carried"}, "reptile: moments"),
+    ("finetune", {"quick__common__classes": 100}, "finetune.quick.classes: 100, but the characters in 4 quarter turns are 140"),
+    ("reptile", {"quick__common__moments": "carried"}, "reptile: moments: carried needs inner_optimiser adam"),
+    ("reptile", {"quick__s5w": {}}, "reptile.quick.s5w is neither common nor a setting"),
     ("reptile", {"quick__common__moments": "carried", "quick__common__inner_optimiser": "adam"},
      "reptile.quick.moments: carried goes with outer.optimiser sgd"),
     ("reptile", {"quick__common__train": {"shot": 20}}, "reptile.quick.train: 20 support and 1 query images of a class"),
-    ("reptile", {"quick__common__train": 5}, "reptile.quick.train: a mapping is wanted, got 5"),
+    ("reptile", {"quick__common__train": 5}, "reptile.quick.train: expected a mapping, got 5"),
     ("imaml", {"quick__common__proximal": "last", "quick__common__inner_optimiser": "nesterov"}, "imaml: proximal: last goes"),
     ("imaml", {"quick__common__lam": 0, "quick__common__inner_optimiser": "nesterov"}, "nesterov wants inner_lr * lam above 0"),
 ])  # fmt: skip

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from metalib import inner
+
 Steps = Annotated[list[PositiveInt], Field(min_length=2)]
 
 
@@ -15,7 +17,7 @@ class Values:
     shot: PositiveInt
     query: PositiveInt
     network: dict[str, Any]  # of Conv4
-    inner_lr: PositiveFloat
+    inner_lr: inner.Rate
     inner_steps: Steps
     newton_steps: Steps  # of the Hessian-free solver
     backprop_steps: PositiveInt  # of truncated MAML

@@ -24,8 +24,8 @@ class Combinations:
     """How the combinations of gradients are trained and tested."""
 
     shot: PositiveInt  # images of each class in an inner step
-    inner_lr: PositiveFloat
-    meta_step: PositiveFloat  # the outer step is meta_step inner_lr times the combination; it falls linearly to 0
+    inner_lr: float = Field(gt=0, le=10)  # and so the outer loop's rate, which training.Outer bounds by 10
+    meta_step: float = Field(gt=0, le=1)  # the outer step is meta_step inner_lr times the combination; it falls linearly to 0
     meta_steps: PositiveInt
     meta_batch: PositiveInt
     validations: PositiveInt
