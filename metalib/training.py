@@ -53,7 +53,7 @@ class Progress(NamedTuple):
 
     step: int  # meta-steps done
     query_loss: list[float]  # mean over the tasks since the last report
-    validation: list[float] | None  # accuracy in [0, 1], where validation was due
+    validation: list[float] | None  # scores on the validation tasks, where validation was due
 
 
 class Result(NamedTuple):
@@ -189,8 +189,13 @@ class Best:
         self.score = [-math.inf] * count  # so that any real number is better
 
     def update(self, params: Params, step: int, scores: list[float]) -> None:
-        """Keep the params (R, *shape) of this step for the replicas whose score is at least as good as their best one."""
+        """Keep the params (R, *shape) of this step for the replicas whose score is at least as good as their best one.
+
+        ValueError for a score that is not a number, which is neither better nor worse than any other.
+        """
         for replica, score in enumerate(scores):
+            if math.isnan(score):
+                raise ValueError(f"the validation score of replica {replica} is not a number at meta-step {step}")
             if score >= self.score[replica]:
                 self.step[replica], self.score[replica] = step, score
                 for name, value in params.items():
