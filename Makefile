@@ -8,7 +8,7 @@ BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 
 # The stages of 5-way 1-shot in the order of params.yaml's algorithms, each learner tested right after its training.
-# DVC's own order is another one every time; with --single-item it runs what it is given, as it is given.
+# DVC's own order varies; with --single-item it runs exactly these stages in this order.
 STAGES = fetch preprocess cells split@5w1s \
     $$(dvc stage list --name-only | sed -n 's/^evaluate@\(.*-5w1s\)$$/meta_train@\1 evaluate@\1/p') compare@5w1s
 STOPPED = trap 'printf "\nStopped; what is finished is kept. To go on: make $@\n"; exit 130' INT
@@ -24,8 +24,8 @@ run: setup
 	elif [ -n "$$OMNIGLOT_MIRROR" ]; then \
 	    exit 1; \
 	else \
-	    printf '\n%s\n%s\n\n' 'There is no Omniglot (see above), so the same now runs on glyphs, characters drawn by a program.' \
-	        'What follows is NOT Omniglot. It runs in a folder of its own; params.yaml and the committed results stay.'; \
+	    printf '\n%s\n%s\n\n' 'Omniglot cannot be had (see above), so the same now runs on glyphs, characters drawn by a program.' \
+	        'What follows is NOT Omniglot. It runs in a folder of its own; params.yaml and the committed results stay as they are.'; \
 	    $(MAKE) --no-print-directory glyphs; \
 	fi
 

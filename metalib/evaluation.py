@@ -33,10 +33,11 @@ def evaluate(
     chunk: int | None = None,
     every_step: bool = True,
 ) -> Accuracy:
-    """Adapt to every task and classify its queries. `chunk` tasks at a time; the result does not depend on it.
+    """Adapt to every task and classify its queries.
 
-    If it is not given: 16, on a GPU more, up to 4,096 images, because a few tasks do not fill it.
-    Without `every_step` the accuracies are those after the last inner step alone, (1, tasks).
+    `chunk` tasks are adapted at a time, which does not change the result. Left out, it is 16; on a GPU, which a few tasks do
+    not fill, it is as many tasks as have 4,096 images, but at least 16.
+    Without `every_step` the accuracies are only those after the last inner step, (1, tasks).
     """
     if chunk is None:
         chunk = max(16, 4096 // tasks.images[0].numel()) if characters.is_cuda else 16
@@ -48,7 +49,7 @@ def evaluate(
 
 
 def evaluate_batch(learner: MetaLearner, network: Conv4, params: Params, batch: TaskBatch, every_step: bool = True) -> Accuracy:
-    """`evaluate` for tasks that are at hand as images."""
+    """`evaluate` on one batch of tasks that is already gathered."""
     support = batch.support_x.shape[1]
     together = torch.cat([batch.support_x, batch.query_x], 1)
     transductive, inductive = list[Tensor](), list[Tensor]()

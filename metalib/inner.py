@@ -1,7 +1,7 @@
 """Inner-loop optimisers: functions from weights (T, *shape) and a support set to adapted weights (T, *shape).
 
-All of them take x (T, S, ...), y (T, S) and show `watch` the weights after 0, 1, ..., `steps` steps. Those with a `batch` use
-so many images of the support set in a step, in turn and without replacement (see `minibatch`); None: all, in every step.
+All of them take x (T, S, ...), y (T, S) and show `watch` the weights after 0, 1, ..., `steps` steps. With
+`batch`, a step uses that many images of the support set, in turn (see `minibatch`); None: every step uses all of them.
 """
 
 from typing import Annotated
@@ -13,8 +13,8 @@ from torch import Tensor
 from metalib import tree
 from metalib.types import Params, TaskLoss, Watch
 
-# Descent diverges where rate times curvature exceeds 2; at a rate of 100 that is everywhere but on a plain, for losses of order
-# 1, as mean cross-entropies and squared errors are. The largest published inner rate is 2.
+# Descent diverges where rate times curvature exceeds 2. At a rate of 100 that is a curvature of 0.02, next to none for losses
+# of order 1, as mean cross-entropies and squared errors are. The largest published inner rate is 2.
 Rate = Annotated[float, Field(gt=0, le=100)]
 BETA2, EPS = 0.999, 1e-8  # Adam's own
 
@@ -37,7 +37,7 @@ def sgd(
     With `lam` the objective is proximal, L(phi) + lam/2 ||phi - phi_0||^2, phi_0 the weights it starts from.
 
     With `create_graph` the result stays a function of `params`, through every step (MAML differentiates it); without,
-    it is cut loose at each step, so memory does not grow with `steps`.
+    it is detached at each step, so memory does not grow with `steps`.
     """
     if not create_graph:
         params = tree.detach(params)
@@ -116,10 +116,10 @@ def adam(
 
 
 def minibatch(x: Tensor, y: Tensor, batch: int | None, step: int) -> tuple[Tensor, Tensor]:
-    """The images of inner step 0, 1, ...: `batch` in a row, round and round, so that none is repeated before all were used.
+    """The images of inner step 0, 1, ...: `batch` consecutive ones, going round, so that none comes again before all have been.
 
-    The support set runs through the classes shot by shot (types.TaskBatch), so that a batch has as many of each class as can
-    be. A batch larger than the set is the whole set.
+    The support set runs through the classes shot by shot (types.TaskBatch), so that a batch holds the classes as evenly as
+    possible. A batch larger than the set is the whole set.
     """
     size = x.shape[1]
     if batch is None or batch >= size:

@@ -1,6 +1,6 @@
 """Linear solvers and line search, batched over tasks: every task has its own step length and stops by itself.
 
-A task that is done or has failed is masked; nothing here looks at a value on the host (metalib runs on a GPU as it is).
+A task that is done or has failed is masked; nothing here reads a value on the host, so a GPU never waits.
 Functions f map weights (T, *shape) to (T,), one number per task, and matvec maps weights to weights, A_t v_t for each task.
 """
 

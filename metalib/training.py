@@ -49,15 +49,15 @@ class Outer:
 
 
 class Progress(NamedTuple):
-    """What is known after some meta-steps, a number for each replica."""
+    """Where a training stands after some meta-steps, with a number for each replica."""
 
     step: int  # meta-steps done
     query_loss: list[float]  # mean over the tasks since the last report
-    validation: list[float] | None  # accuracy in [0, 1], where validation was due
+    validation: list[float] | None  # scores on the validation tasks, where validation was due
 
 
 class Result(NamedTuple):
-    """The end of a training: for each replica the meta-parameters that did best on the validation tasks; how it went."""
+    """What a training ends with: each replica's meta-parameters that did best on the validation tasks, and the history."""
 
     params: list[Params]
     best_step: list[int]
@@ -68,7 +68,7 @@ class Result(NamedTuple):
 class Diverged(ValueError):
     """A query loss is no longer finite; the weights are those of the last good meta-step.
 
-    One replica's end is the end of all that are trained with it.
+    When one replica diverges, all that are trained with it stop.
     """
 
     def __init__(self, message: str, replicas: list[int]):
@@ -89,8 +89,8 @@ def meta_step(
     """One meta-step of R replicas: changes `params` (R, *shape) in place, returns each one's mean query loss, (R,).
 
     It never waits for the host (the tests run it on the `meta` device, where any look at a value raises). A replica whose query
-    loss or gradient is not finite keeps its weights, and NaN is returned for it. `factor`, 0-dim, shortens the step: those of
-    all our optimisers are proportional to their rates, so this is the schedule, and it stays on the device.
+    loss or gradient is not finite keeps its weights, and NaN is returned for it. `factor`, 0-dim, shortens the step:
+    every optimiser here takes steps proportional to its rate, so this is the schedule, and it stays on the device.
     """
     grads, query_losses = meta_gradient(learner, loss, params, batch, progress, chunk)
     query_loss = query_losses.view(_replicas(params), -1).mean(1)
@@ -144,9 +144,9 @@ def _part(batch: TaskBatch, count: int, first: int, size: int) -> TaskBatch:
 def make_optimisers(params: Params, outer: Outer) -> list[torch.optim.Optimizer]:
     """The outer optimisers over (views of) the meta-parameters (R, *shape), which they change in place.
 
-    Muon leaves the first layer's kernels to Adam: with one channel in, they are no matrix worth the name, and an orthogonal
-    step would be several times longer for them than for the others. A head that is fixed is left to none (Kao, Chiu, Chen
-    2022, https://arxiv.org/abs/2106.15367, "zeroing trick": labels are random, so what it could learn is noise).
+    Muon leaves the first layer's kernels to Adam: with one input channel they are hardly matrices, and an orthogonal
+    step would be several times longer for them than for the others. A fixed head is given to no optimiser (Kao, Chiu, Chen
+    2022, https://arxiv.org/abs/2106.15367, "zeroing trick": labels are random, so all it could learn is noise).
     """
     device = next(iter(params.values())).device
     kernels = [name for name, value in tree.part(params, "conv").items() if outer.optimiser == "muon" and value.shape[-1] > 1]
@@ -173,7 +173,7 @@ def _views(values: Params, names: list[str], matrices: bool) -> list[Tensor]:
 
 
 def rate(schedule: str, progress: Tensor) -> Tensor:
-    """What a rate is multiplied by after this part of meta-training, both 0-dim."""
+    """The factor on every rate at this fraction of meta-training, both 0-dim."""
     if schedule == "constant":
         return torch.ones_like(progress)
     return 1 - progress if schedule == "linear" else (1 + torch.cos(torch.pi * progress)) / 2
@@ -189,8 +189,13 @@ class Best:
         self.score = [-math.inf] * count  # so that any real number is better
 
     def update(self, params: Params, step: int, scores: list[float]) -> None:
-        """Keep the params (R, *shape) of this step for the replicas whose score is at least as good as their best one."""
+        """Keep the params (R, *shape) of this step for the replicas whose score is at least as good as their best one.
+
+        ValueError for a score that is not a number, which is neither better nor worse than any other.
+        """
         for replica, score in enumerate(scores):
+            if math.isnan(score):
+                raise ValueError(f"the validation score of replica {replica} is not a number at meta-step {step}")
             if score >= self.score[replica]:
                 self.step[replica], self.score[replica] = step, score
                 for name, value in params.items():
@@ -198,7 +203,7 @@ class Best:
 
 
 class State:
-    """Everything that changes while R replicas are trained, and so what a checkpoint holds."""
+    """Everything that changes while R replicas are trained: what a checkpoint holds."""
 
     def __init__(self, params: Params, outer: Outer, generators: list[torch.Generator]):
         self.params = params  # (R, *shape), changed in place

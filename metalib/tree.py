@@ -1,7 +1,7 @@
 """Arithmetic on Params: weights with a leading task axis, (T, *shape).
 
 Replicas: R trainings, each with meta-parameters and tasks of its own, can go through a learner in one call, because the task
-axis keeps all apart anyway. Inside `with replicas(R)` meta-parameters are (R, *shape), and T counts the tasks of all
+axis keeps them apart anyway. Inside `with replicas(R)` meta-parameters are (R, *shape), and T counts the tasks of all
 replicas, those of the first replica first. Only `tile`, `once` and `mean_tasks`, the ways in and out, have to know.
 """
 

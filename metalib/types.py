@@ -9,7 +9,7 @@ Meta-parameters have their own shape, (*shape); weights adapted to tasks have (T
 gradient of the summed loss holds every task's own gradient, and "for each task" needs no Python loop.
 
 Names: kernels of convolutions begin with "conv", weights of batch norm with "norm", of the last layer with "head."; the
-meta-parameters that a learner adds begin otherwise. Who treats some of them apart goes by these names.
+meta-parameters that a learner adds begin otherwise. A learner that treats some weights differently goes by these names.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class SplitLoss(Protocol):
 
     def head(self, params: Params, features: Tensor, y: Tensor) -> Tensor:
         """Features (T, B, F), y (T, B) -> mean loss of each task, (T,); weights (1, *shape) serve all tasks,
-        weights (R, *shape) T / R tasks in a row each."""
+        of weights (R, *shape) each set serves T / R consecutive tasks."""
         ...
 
 
@@ -51,7 +51,7 @@ def need_halves(learner: str, loss: TaskLoss, params: Params) -> None:
 
 
 Watch = Callable[[Params], None]
-"""Is shown the weights (T, *shape) after 0, 1, 2, ... inner steps."""
+"""Called with the weights (T, *shape) after 0, 1, 2, ... inner steps."""
 
 
 class TaskBatch(NamedTuple):
@@ -86,5 +86,5 @@ class MetaLearner(Protocol):
         ...
 
     def meta_gradient(self, loss: TaskLoss, params: Params, tasks: TaskBatch, progress: Tensor | None = None) -> MetaGradient:
-        """Gradient of the mean query loss over tasks; `progress`, 0-dim in [0, 1], is the part of training done."""
+        """Gradient of the mean query loss over tasks; `progress`, 0-dim in [0, 1], is the fraction of training done."""
         ...

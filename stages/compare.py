@@ -22,6 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 app = typer.Typer(add_completion=False)
+PROTOCOL = ("data", "images", "split", "test_rotations", "query")
 Rows = dict[str, dict[str, Any]]  # algorithm -> its metrics and what they are of
 
 
@@ -50,10 +51,10 @@ def main(
         raise ValueError(f"--only: {unknown[0]!r} has no result in {setting}; there are {', '.join(sorted(rows))}")
     if only:
         rows = {name: row for name, row in rows.items() if name in only}
-        text = page(setting, rows, compared(setting, list(rows)))
+        text = page(setting, rows, compared(setting, rows))
         console.print(Markdown(text) if console.is_terminal else text, markup=False, highlight=False)
         return
-    pairs = compared(setting, list(rows))
+    pairs = compared(setting, rows)
     table = Path(f"plots/differences/{setting}.csv")
     text = page(setting, rows, pairs)
     if pairs:
@@ -70,10 +71,19 @@ def main(
     console.print(f"reports/{setting}.md: {len(rows)} algorithms, {len(pairs)} differences")
 
 
-def compared(setting: str, names: list[str]) -> list[Difference]:
-    """Paired differences of the seeds' mean accuracy on the tasks that all algorithms were tested on."""
+def compared(setting: str, rows: dict[str, dict[str, Any]]) -> list[Difference]:
+    """Paired differences of the seeds' mean accuracy on the tasks that all algorithms were tested on.
+
+    ValueError where they were tested under different protocols: their tasks are not the same.
+    """
+    protocols = {tuple(rows[name][key] for key in PROTOCOL) for name in rows}
+    if len(protocols) > 1:
+        found = "; ".join(", ".join(map(str, protocol)) for protocol in sorted(protocols))
+        raise ValueError(
+            f"{setting} was tested under different protocols: {found}; make one of them: dvc repro compare@{setting}"
+        )
     accuracies = {}
-    for name in sorted(names):
+    for name in sorted(rows):
         with files.load_arrays(files.results_file(setting, name), f"evaluate@{name}-{setting}") as arrays:
             accuracies[name] = torch.from_numpy(arrays["transductive"])[:, -1].mean(0)
     count = min(len(values) for values in accuracies.values())
@@ -109,7 +119,7 @@ def page(setting: str, rows: Rows, pairs: list[Difference]) -> str:
     text = [
         f"# {tables.title(rows)}",
         "Test accuracy in %, with its 95 % interval over test tasks.",
-        f"What it is of: {tables.provenance(rows)}.",
+        f"Protocol: {tables.provenance(rows)}.",
         tables.markdown(header, table),
         "*Transductive*: batch norm with the statistics of the whole query set, as for the published numbers. *Inductive*: "
         "with those of the support set, so that a prediction does not depend on the other queries. *Inner steps* are those at "
@@ -182,7 +192,8 @@ def curve(setting: str, name: str, file: str, x: str, y: str) -> Curve:
 def draw(path: Path, setting: str, rows: Rows) -> None:
     """Three panels: accuracy beside the published number, learning curves, accuracy by inner step.
 
-    A learner has one colour and one marker in all three; whoever learned nothing would stretch every axis, and is only noted.
+    A learner has one colour and one marker in all three; an untrained learner would stretch every axis,
+    so it appears only as a note.
     """
     looks = style(list(rows))
     trained = [name for name in rows if rows[name]["meta_steps"]] or list(rows)

@@ -35,7 +35,7 @@ def main() -> None:
             tables.markdown(["algorithm", *(tables.title(rows) for rows in found.values())], table),
         ]
     text += [
-        "## What each column is of",
+        "## The protocol of each column",
         "\n".join(f"- {tables.title(rows)}: {tables.provenance(rows)}" for rows in found.values()),
         "Published numbers are transductive, and measured on their authors' own test tasks. They are from the slides' table "
         "or, where it has no row, from the papers: MAML++ (Antoniou et al. 2019, an ensemble) and ANIL (Raghu et al. 2020). "

@@ -82,7 +82,7 @@ def test_the_body_is_evaluated_once_per_set(steps: int) -> None:
 
 
 def test_a_whole_loss_is_refused_in_one_sentence() -> None:
-    """And so are weights without a head. Seen failing with the check left out: AttributeError, and RuntimeError."""
+    """And so are weights without a head. Seen failing with either check left out: AttributeError, KeyError."""
     params, batch = problems.smooth_problem()
 
     def whole(params: Params, x: Tensor, y: Tensor) -> Tensor:

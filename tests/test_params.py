@@ -39,7 +39,8 @@ def test_the_committed_file_serves_every_algorithm_setting_and_budget(monkeypatc
     ({"budgets__quick__network__features": "max"}, "features: Input should be 'flatten' or 'mean'"),
     ({"algorithms__maml__quick__common": None}, "params.yaml has no common where algorithms.maml.quick"),
     ({"algorithms__maml__quick__own": {}}, "algorithms.maml.quick.own is neither common nor a setting"),
-    ({"budgets__quick__outer__optimiser": "adam"}, "kernel_lr and kernel_decay go with optimiser muon"),
+    ({"algorithms__maml__quick__common__outer__optimiser": "adam", "algorithms__maml__quick__common__outer__kernel_lr": 0.1},
+     "kernel_lr and kernel_decay go with optimiser muon"),
     ({"budgets__quick__counts__s5w1s": {"tasks": 3}}, "budgets.quick.counts.tasks is not a parameter here"),
     ({"tasks__query": 25}, "tasks.query: 25 queries and 1 support images"),
 ])  # fmt: skip
@@ -89,8 +90,9 @@ def test_values_lie_over_each_other_group_by_group(edit: Edit) -> None:
     assert other.learner["inner_lr"] == 0.4
 
 
-def test_an_optimiser_of_its_own_does_not_want_the_rates_of_muon(edit: Edit) -> None:
-    edit(algorithms__maml__quick__common__outer__optimiser="adam")
+@pytest.mark.parametrize("place", ["algorithms__maml__quick__common__outer", "budgets__quick__outer"])
+def test_another_optimiser_does_not_want_the_rates_of_muon(edit: Edit, place: str) -> None:
+    edit(**{f"{place}__optimiser": "adam"})
     outer = params.cell(params.read(), "maml", "5w1s").outer
     assert (outer.optimiser, outer.kernel_lr) == ("adam", None)
 

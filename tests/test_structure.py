@@ -197,7 +197,7 @@ METRICS = sorted(path for path in (ROOT / "metrics").glob("*/*.json") if not pat
 def test_every_committed_learner_has_learned(setting: str) -> None:
     """More accurate than random initial weights, by more than both intervals; none is left of a learner that is gone."""
     rows = {path.stem: json.loads(path.read_text()) for path in METRICS if path.parent.name == setting}
-    assert set(rows) <= set(algorithms.names())
+    assert set(rows) <= set(algorithms.names()) and set(rows) == {path.stem for path in METRICS}
     floor = rows.pop("scratch")
     for name, row in rows.items():
         assert row["accuracy"] - row["ci95"] > floor["accuracy"] + floor["ci95"], name

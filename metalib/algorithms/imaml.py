@@ -29,16 +29,16 @@ class IMAML:
     inner_steps: NonNegativeInt  # k
     inner_optimiser: Literal["sgd", "nesterov"]
     proximal: Literal["each", "last"]  # in which inner steps theta pulls
-    lam: NonNegativeFloat  # lambda; 0 in a test alone
+    lam: NonNegativeFloat  # lambda; 0 only in a test
     solver: Literal["cg", "neumann"]
     cg_steps: NonNegativeInt  # Hessian-vector products of the solver
     damping: NonNegativeFloat  # added to I
-    lam_damping: NonNegativeFloat  # added to lambda, in the matrix alone
+    lam_damping: NonNegativeFloat  # added to lambda in the matrix only
 
     @model_validator(mode="after")
     def _rates_and_pulls_fit_together(self) -> "IMAML":
         if self.inner_optimiser == "nesterov" and self.proximal == "last":
-            raise ValueError("proximal: last goes with inner_optimiser sgd alone")
+            raise ValueError("proximal: last needs inner_optimiser sgd")
         if self.inner_optimiser == "nesterov" and not 0 < self.inner_lr * self.lam <= 1:
             raise ValueError("inner_optimiser: nesterov wants inner_lr * lam above 0 and at most 1")
         if self.proximal == "each" and self.inner_lr * self.lam > 2:  # theta's pull alone: away <- (1 - inner_lr lam) away

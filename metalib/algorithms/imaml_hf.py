@@ -28,8 +28,8 @@ class IMAMLHessianFree:
     inner_steps: NonNegativeInt  # Newton directions
     lam: PositiveFloat  # lambda
     cg_steps: PositiveInt  # Hessian-vector products of each direction, and of the meta-gradient
-    damping: NonNegativeFloat  # added to I, in the meta-gradient alone
-    lam_damping: NonNegativeFloat  # added to lambda, in the meta-gradient's matrix alone
+    damping: NonNegativeFloat  # added to I in the meta-gradient only
+    lam_damping: NonNegativeFloat  # added to lambda in the meta-gradient's matrix only
     halvings: NonNegativeInt  # of the step length, at most
 
     def init(self, params: Params) -> Params:

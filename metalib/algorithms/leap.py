@@ -1,6 +1,6 @@
 """Leap: Transferring Knowledge across Learning Processes (Flennerhag et al., ICLR 2019, https://arxiv.org/abs/1812.01054).
 
-Slide "Leap": learn the initial weights from which gradient descent travels the shortest way. The points of the way are
+Slide "Leap": learn the initial weights from which gradient descent travels the shortest way. The points along the way are
 gamma^i = (theta^i, L(theta^i)), on the loss surface; the slide's d = sum_i ||theta^{i+1} - theta^i|| is without L.
 
     d = sum_i ||gamma^{i+1} - gamma^i||^p,      p = 1 (length) or 2 (energy)
@@ -10,7 +10,7 @@ The gradient with respect to theta^0 takes the next point as fixed and every Jac
     [ (theta^i - theta^{i+1}) - dL grad L(theta^i) ] / ||gamma^{i+1} - gamma^i||,      dL = L(theta^{i+1}) - L(theta^i)
 
 (energy: without the division; the authors drop its factor 2). The norm is joint over all weights. The stabiliser takes
--|dL| for dL, so that a step that went up the loss surface does not turn the gradient round. K steps have K segments here, as on
+-|dL| for dL, so that a step up the loss surface does not reverse the gradient. K steps have K segments here, as on
 the slide; the authors' code never sees the last one (github.com/amzn/metalearn-leap, leap.py).
 
 Without loss and norm the gradient is theta - phi: Reptile's.

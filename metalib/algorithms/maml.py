@@ -26,7 +26,7 @@ class MAML:
     inner_lr: inner.Rate  # alpha, on the mean cross-entropy of the support set
     inner_steps: NonNegativeInt  # k
     inner_batch: PositiveInt | None = None  # images in an inner step; null: the whole support set
-    recompute: bool = False  # true: one inner step's graph at a time, and the weights of each, for one more gradient in each
+    recompute: bool = False  # true: holds each step's weights, but one graph at a time; one more gradient a step
 
     def init(self, params: Params) -> Params:
         return params

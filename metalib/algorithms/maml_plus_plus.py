@@ -25,7 +25,7 @@ NORM = "norm"  # prefix of batch norm's weights, (K, *shape) each
 class MAMLPlusPlus:
     inner_lr: inner.Rate  # what every rate starts from
     inner_steps: PositiveInt  # K, the same in training and test
-    msl: float = Field(ge=0, le=1)  # the part of meta-training that has a multi-step loss
+    msl: float = Field(ge=0, le=1)  # the fraction of meta-training with a multi-step loss
 
     def init(self, params: Params) -> Params:
         rates = {RATE + n: v.new_full((self.inner_steps,), self.inner_lr) for n, v in tree.without(params, NORM).items()}

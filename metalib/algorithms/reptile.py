@@ -6,7 +6,7 @@ As a gradient for the outer optimiser,
     g_Reptile = theta - mean_t phi_t,      which SGD with rate eps turns into the slide's step.
 
 The serial version of the slide is meta_batch 1, the batched one any other; eps annealed to 0 is the outer schedule `linear`.
-There is no query set in it: the images a meta-training task has are all for the inner steps (`train.shot` in params.yaml).
+It has no query set: all images of a meta-training task are for the inner steps (`train.shot` in params.yaml).
 """
 
 from typing import Literal

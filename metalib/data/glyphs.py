@@ -61,7 +61,7 @@ def draw(random: torch.Generator) -> list[Image.Image]:
 
 
 def _curve(points: int, random: torch.Generator) -> Tensor:
-    """A Bezier curve through everyone's version of the control points: (20, 24, 2) in the unit square."""
+    """A Bezier curve from each drawer's version of the control points: (20, 24, 2) in the unit square."""
     control = 0.02 + 0.96 * torch.rand(points, 2, generator=random)
     control = control + 0.03 * torch.randn(DRAWERS, points, 2, generator=random)
     t = torch.linspace(0, 1, _POINTS).unsqueeze(1)

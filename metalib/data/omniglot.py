@@ -53,7 +53,7 @@ class Characters(NamedTuple):
 def drawings(archive: Path) -> Iterator[Drawing]:
     """The drawings of one archive in sorted path order. Nothing is unpacked to disk.
 
-    ValueError when the file is no whole zip archive, or holds a PNG outside the layout above or of another size.
+    ValueError when the file is not a whole zip archive, or holds a PNG outside the layout above or of another size.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -82,7 +82,7 @@ def content_digest(archive: Path) -> str:
 def read(archives: tuple[Path, Path], digests: dict[str, str], source: str, size: int, resize: Resize) -> Characters:
     """The background and the evaluation archive as one array of `size` x `size` images.
 
-    ValueError when an archive's content is not the one of `digests`, or a character has not 20 drawings.
+    ValueError when an archive's content does not match `digests`, or a character does not have 20 drawings.
     """
     images: list[NDArray[np.uint8]] = []
     names: list[tuple[str, str, str]] = []
@@ -94,7 +94,7 @@ def read(archives: tuple[Path, Path], digests: dict[str, str], source: str, size
             names.append((archive.stem, drawing.alphabet, drawing.character))
         require_digest(archive, digest.hexdigest(), digests[archive.stem])
     if any(len(set(names[i : i + DRAWERS])) > 1 for i in range(0, len(names), DRAWERS)) or len(names) % DRAWERS:
-        raise ValueError(f"{archives[0].parent}: a character has not {DRAWERS} drawings")
+        raise ValueError(f"{archives[0].parent}: a character does not have {DRAWERS} drawings")
     parts, alphabets, characters = (np.array(column) for column in zip(*names[::DRAWERS], strict=True))
     stacked = np.stack(images).reshape(-1, DRAWERS, size, size)
     return Characters(stacked, alphabets, characters, parts == archives[0].stem, source, f"{size} px {resize}")
@@ -109,7 +109,7 @@ def require_digest(archive: Path, found: str, expected: str) -> None:
 
 
 def shrink(ink: NDArray[np.bool_], size: int, resize: Resize) -> NDArray[np.uint8]:
-    """(105, 105) ink mask -> (size, size) uint8, ink 255. `nearest` stays binary, as in MAML's, Reptile's and Leap's codes."""
+    """(105, 105) ink mask -> (size, size) uint8, ink 255. `nearest` stays binary, as in the code of MAML, Reptile and Leap."""
     image = Image.fromarray(ink.astype(np.uint8) * 255)
     return np.asarray(image.resize((size, size), _FILTERS[resize]))
 

@@ -40,7 +40,7 @@ class Classes(NamedTuple):
 
 
 def divide(data: Characters, split: Split) -> Classes:
-    """The three sets of characters; ValueError when the scheme cannot serve this data."""
+    """The three sets of characters; ValueError when the scheme does not fit the data."""
     count = len(data.alphabets)
     if split.scheme == "characters":
         if split.validation + split.test >= count:

@@ -56,7 +56,7 @@ def draw(
 ) -> Tasks:
     """Draw tasks, each of `way` classes out of `pool` (N,) in random order and `images` = shot + query of each class.
 
-    Runs on the pool's device without a host round trip. ValueError when the pool cannot serve it.
+    Runs on the pool's device without a host round trip. ValueError when the pool is too small.
     """
     device = pool.device
     turns = 4 if rotations == "classes" else 1
@@ -93,7 +93,7 @@ def gather(characters: Tensor, tasks: Tasks, shot: int) -> TaskBatch:
 
 
 def with_support(batch: TaskBatch) -> TaskBatch:
-    """The batch with the support set in front of each query set, as an inductive loss wants it."""
+    """The batch with the support set in front of each query set, as an inductive loss needs it."""
     return batch._replace(
         query_x=torch.cat([batch.support_x, batch.query_x], 1), query_y=torch.cat([batch.support_y, batch.query_y], 1)
     )

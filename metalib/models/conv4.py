@@ -2,10 +2,10 @@
 
 Vinyals et al. 2016 (https://arxiv.org/abs/1606.04080) with max-pooling; MAML, Reptile and iMAML with strided convolutions.
 Batch norm always uses batch statistics. Its scale and shift are weights like any other, which the inner loop adapts (as in
-Reptile and iMAML) unless the learner treats them apart (ANIL, MAML++). The convolutions have no bias: the batch norm behind
-each would cancel it.
+Reptile and iMAML) unless the learner treats them apart (ANIL, MAML++). The convolutions have no bias: the batch norm that
+follows would cancel it.
 
-Here is what the network is, for one task and in everyday PyTorch. Learners work on many tasks at once, each with its own
+This file is the network itself, for one task and in everyday PyTorch. Learners work on many tasks at once, each with its own
 weights; two engines, `wide` and `native`, compute that fast, and `loss` chooses between them.
 """
 
@@ -51,7 +51,7 @@ class Conv4:
         return F.linear(x, params["head.weight"], params["head.bias"])
 
     def init(self, generator: torch.Generator) -> Params:
-        """Glorot-uniform kernels as in all the authors' codes, batch norm 1 and 0; float32, on the generator's device."""
+        """Glorot-uniform kernels as in the code of all the authors, batch norm 1 and 0; float32, on the generator's device."""
         device = generator.device
 
         def glorot(*shape: int, fan_in: int, fan_out: int) -> Tensor:

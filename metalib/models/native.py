@@ -61,7 +61,7 @@ def lacks(net: Conv4, params: Params, x: Tensor) -> str | None:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled code; None where it cannot be had, which one line on stderr explains."""
+    """The compiled code; None where it cannot be built, for a reason given in one line on stderr."""
     try:
         return ctypes.CDLL(str(build()))
     except (OSError, subprocess.CalledProcessError) as error:
@@ -83,7 +83,7 @@ def build() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as beside:  # renamed when whole: others see nothing or all of it
             made = Path(beside) / target.name
-            for openmp in (["-fopenmp"], []):  # clang can be without; then one thread does it all
+            for openmp in (["-fopenmp"], []):  # clang may lack OpenMP; one thread then does it all
                 command = [compiler, *FLAGS, *openmp, str(SOURCE), "-o", str(made)]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode == 0:
@@ -120,7 +120,7 @@ class Problem(ctypes.Structure):
 
 
 class Images:
-    """What of a loss is not differentiated: images, labels, and which of the images lend statistics or count."""
+    """The part of a loss that is not differentiated: images, labels, which images lend statistics and which count."""
 
     def __init__(self, net: Conv4, x: Tensor, y: Tensor, support: int | None):
         self.x, self.y = x.detach().contiguous(), y.contiguous()
@@ -175,14 +175,14 @@ def loss(net: Conv4, params: Params, x: Tensor, y: Tensor, support: int | None =
     """Mean cross-entropy of each task, (T,). Weights (T, *shape), x (T, B, 1, H, W), y (T, B).
 
     Batch norm's statistics come from the first `support` images, which then do not count unless they are all there are;
-    without `support` from all. Twice differentiable in the weights.
+    without `support`, from all. Twice differentiable in the weights.
     """
     _check(net, params, x, y)
     return Loss.apply(Images(net, x, y, support), torch.is_grad_enabled(), *(params[name] for name in NAMES))
 
 
 def _check(net: Conv4, params: Params, x: Tensor, y: Tensor) -> None:
-    """PyTorch's operators notice what does not fit together; compiled code would read past the end."""
+    """PyTorch's operators check shapes; compiled code would read past the end of an array."""
     kernel, channels = (net.filters, 3, 3), (net.filters,)
     features = net.filters * (net.last_size**2 if net.features == "flatten" else 1)
     shapes = [
@@ -201,7 +201,7 @@ def _check(net: Conv4, params: Params, x: Tensor, y: Tensor) -> None:
 
 
 class Loss(Function):
-    """Weights -> losses (T,). If a gradient will be asked for, it is computed at once: the same maps serve both."""
+    """Weights -> losses (T,). If a gradient will be wanted, it is computed along with them, from the same maps."""
 
     @staticmethod
     def forward(ctx: Any, images: Images, gradient_follows: bool, *weights: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class Loss(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ready, ctx.ready = ctx.ready, None  # handed over once, and then not kept
+        ready, ctx.ready = ctx.ready, None  # handed over once and not kept
         return None, None, *Gradient.apply(ctx.images, ready, ctx.needs_input_grad[2:], *grads, *ctx.saved_tensors)
 
 
@@ -241,7 +241,7 @@ class Gradient(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        # torch's once_differentiable does not do, see wide.py
+        # torch's once_differentiable is not enough, see wide.py
         if torch.is_grad_enabled():
             raise RuntimeError("Conv4 has no third derivatives: take its second derivative without create_graph")
         gout, *weights = ctx.saved_tensors

@@ -54,7 +54,7 @@ def body(net: Conv4, params: Params, x: Tensor, statistics_from: int | None = No
 
 
 def head(params: Params, features: Tensor) -> Tensor:
-    """Logits (T, B, way) of features (T, B, F); fewer heads than tasks, (R, way, F), serve T / R tasks in a row each."""
+    """Logits (T, B, way) of features (T, B, F); of fewer heads than tasks, (R, way, F), each serves T / R consecutive tasks."""
     heads = len(params["head.weight"])
     rows = features.reshape(heads, -1, features.shape[-1])
     scores = torch.baddbmm(params["head.bias"].unsqueeze(1), rows, params["head.weight"].mT)
@@ -252,7 +252,7 @@ class NormReLU(Function):
 
 
 class NormReLUBackward(Function):
-    """The derivative of NormReLU as a function of (g, x, gamma); xhat, y and r follow from x and come ready made."""
+    """The derivative of NormReLU as a function of (g, x, gamma); xhat, y and r follow from x and are passed in ready."""
 
     @staticmethod
     def forward(
@@ -284,7 +284,7 @@ class NormReLUBackward(Function):
 
 
 def _refuse_third_derivative() -> None:
-    # torch's once_differentiable does not do: autograd.grad prunes its error away, and the result would be silently wrong
+    # torch's once_differentiable is not enough: autograd.grad prunes its error away, and the result would be silently wrong
     if torch.is_grad_enabled():
         raise RuntimeError("Conv4 has no third derivatives: take its second derivative without create_graph")
 
