@@ -44,13 +44,13 @@ def main(
     reports/<setting>.md and .png, and plots/differences/<setting>.csv.
     With --only, the page of just these learners is printed, and nothing is written.
     """
-    rows = tables.results(setting)
-    if not rows:
+    known = tables.learners(setting)
+    if not known:
         raise ValueError(f"metrics/{setting} holds no result; make them with: dvc repro compare@{setting}")
-    if unknown := [name for name in only or [] if name not in rows]:
-        raise ValueError(f"--only: {unknown[0]!r} has no result in {setting}; there are {', '.join(sorted(rows))}")
+    if unknown := [name for name in only or [] if name not in known]:
+        raise ValueError(f"--only: {unknown[0]!r} has no result in {setting}; there are {', '.join(known)}")
+    rows = tables.results(setting, only or known)
     if only:
-        rows = {name: row for name, row in rows.items() if name in only}
         text = page(setting, rows, compared(setting, rows))
         console.print(Markdown(text) if console.is_terminal else text, markup=False, highlight=False)
         return
@@ -125,7 +125,7 @@ def page(setting: str, rows: Rows, pairs: list[Difference]) -> str:
         "with those of the support set, so that a prediction does not depend on the other queries. *Inner steps* are those at "
         "test; *images per class* are support + query.",
         "The learners were not all trained for equally long: the last column says for how many meta-steps, and with how many "
-        "tasks in each. The [benchmarks](../benchmarks/README.md) show who is ahead after the same time, and what a meta-step "
+        "tasks in each. The [benchmarks](../benchmarks/README.md) show what a meta-step "
         "of each learner costs.",
     ]
     if pairs:

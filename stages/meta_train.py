@@ -180,7 +180,8 @@ def follow(cell: params.Cell, steps: Steps, resumed: bool = False) -> training.R
                     accuracy, validated = f"{100 * _mean(now.validation):.2f} %", now.step
                 bar.update(task, completed=now.step, rate=rate, news=accuracy)
                 if now.validation is not None and not console.is_terminal:
-                    news = f"query loss {_mean(now.query_loss):.4f} validation {accuracy}"
+                    loss = f"query loss {_mean(now.query_loss):.4f} " if now.step else ""  # no step, no loss
+                    news = f"{loss}validation {accuracy}"
                     console.print(f"{name}: meta-step {now.step} of {total}  {rate}  {news}", highlight=False)
         except KeyboardInterrupt:
             again = f"goes on from meta-step {validated}" if validated else "starts again"

@@ -19,11 +19,15 @@ def settings() -> list[str]:
     return [match[0] for match in sorted(filter(None, found), key=lambda match: (int(match[1]), int(match[2])))]
 
 
-def results(setting: str) -> dict[str, dict[str, Any]]:
-    """algorithm -> its metrics and what they are of, for all that metrics/<setting> holds, the most accurate first."""
-    names = (path.stem for path in (METRICS / setting).glob("*.json") if not path.name.endswith(".run.json"))
+def learners(setting: str) -> list[str]:
+    """Those that metrics/<setting> holds a result of."""
+    return sorted(path.stem for path in (METRICS / setting).glob("*.json") if not path.name.endswith(".run.json"))
+
+
+def results(setting: str, names: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """algorithm -> its metrics and their protocol, for these learners or for all, the most accurate first."""
     rows = {}
-    for name in sorted(names):
+    for name in learners(setting) if names is None else names:
         try:
             rows[name] = {
                 key: value
