@@ -125,8 +125,7 @@ def page(setting: str, rows: Rows, pairs: list[Difference]) -> str:
         "with those of the support set, so that a prediction does not depend on the other queries. *Inner steps* are those at "
         "test; *images per class* are support + query.",
         "The learners were not all trained for equally long: the last column says for how many meta-steps, and with how many "
-        "tasks in each. The [benchmarks](../benchmarks/README.md) show what a meta-step "
-        "of each learner costs.",
+        "tasks in each. The [benchmarks](../benchmarks/README.md) show what a meta-step of each learner costs.",
     ]
     if pairs:
         ranked = list(rows)

@@ -61,7 +61,8 @@ def test_what_is_wrong_is_named(edit: Edit, values: dict[str, Any], complaint: s
      "reptile.quick.moments: carried goes with outer.optimiser sgd"),
     ("reptile", {"quick__common__train": {"shot": 20}}, "reptile.quick.train: 20 support and 1 query images of a class"),
     ("reptile", {"quick__common__train": 5}, "reptile.quick.train: expected a mapping, got 5"),
-    ("imaml", {"quick__common__proximal": "last", "quick__common__inner_optimiser": "nesterov"}, "imaml: proximal: last needs inner_optimiser sgd"),
+    ("imaml", {"quick__common__proximal": "last", "quick__common__inner_optimiser": "nesterov"},
+     "imaml: proximal: last needs inner_optimiser sgd"),
     ("imaml", {"quick__common__lam": 0, "quick__common__inner_optimiser": "nesterov"}, "nesterov wants inner_lr * lam above 0"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_named(edit: Edit, name: str, values: dict[str, Any], complaint: str) -> None:

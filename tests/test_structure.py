@@ -197,7 +197,7 @@ METRICS = sorted(path for path in (ROOT / "metrics").glob("*/*.json") if not pat
 def test_every_committed_learner_has_learned(setting: str) -> None:
     """More accurate than random initial weights, by more than both intervals; none is left of a learner that is gone."""
     rows = {path.stem: json.loads(path.read_text()) for path in METRICS if path.parent.name == setting}
-    assert set(rows) <= set(algorithms.names()) and set(rows) == {path.stem for path in METRICS}
+    assert set(rows) <= set(algorithms.names())
     floor = rows.pop("scratch", None)
     if floor is None:  # a setting of one's own, without it
         return
