@@ -123,7 +123,10 @@ def load_tasks(setting: str) -> TaskFile:
 
 
 def load_cell(setting: str, algorithm: str) -> Cell:
-    """The values that a cell is trained with, as the stage `cells` resolved them."""
+    """The values that a cell is trained with, as the stage `cells` resolved them; ValueError for a cell there is none of."""
+    known = sorted(path.stem for path in (CELLS / setting).glob("*.json"))
+    if known and algorithm not in known:
+        raise ValueError(f"algorithm: {algorithm!r} has no cell in {setting}; there are {', '.join(known)}")
     return _cell(_load_json(CELLS / setting / f"{algorithm}.json"))
 
 

@@ -13,6 +13,7 @@ from benchmarks import accuracy, convolutions, peers, plan, report, speed, step_
 from benchmarks.peers import libraries, loop, vmap
 from metalib import algorithms
 from stages import cells, fetch, meta_train, preprocess, split
+from tests import problems
 from tests.conftest import Edit, Stage
 
 CPU = torch.device("cpu")
@@ -51,6 +52,7 @@ def test_an_alternative_has_our_gradient(means: str, learner: str) -> None:
 
 def test_a_report_says_what_was_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong gradient, libraries that are not installed, and a learner that benchmarks/work.py does not know."""
+    assert set(problems.HYPER) <= set(loop.LOOP) & set(work.LEARNERS)  # the project's own are all timed
     known = algorithms.names()
     monkeypatch.setattr(algorithms, "names", lambda: [*known, "newcomer"])
     monkeypatch.setitem(loop.LOOP, "maml", loop.fomaml)

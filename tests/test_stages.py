@@ -157,7 +157,7 @@ def test_divergence_names_algorithm_setting_and_step(edit: Edit, stage: Stage, m
     lost = lambda params, x, y: torch.nan * params["head.weight"].flatten(1).sum(1)  # noqa: E731
     monkeypatch.setattr(meta_train, "Conv4Loss", lambda network, support: lost)
     said = stage(meta_train.app, "maml", "5w1s", fails=True)
-    assert "maml 5w1s seed 0, 1: the query loss or the meta-gradient" in said and "between meta-steps 0 and 2" in said
+    assert "maml 5w1s seed 0, 1: the query loss or the meta-gradient stopped being finite between meta-steps 0 and 2" in said
     assert not Path("models/5w1s/maml").exists()
 
 
@@ -180,7 +180,7 @@ def test_stages_out_of_order_say_what_to_run(edit: Edit, stage: Stage) -> None:
     assert "dvc repro split@5w1s" in stage(meta_train.app, "maml", "5w1s", fails=True)
     assert "dvc repro meta_train@maml-5w1s" in stage(evaluate.app, "maml", "5w1s", fails=True)
     assert "dvc repro compare@5w1s" in stage(compare.app, "5w1s", fails=True)
-    assert "dvc repro cells" in stage(meta_train.app, "mamel", "5w1s", fails=True)
+    assert "'mamel'" in stage(meta_train.app, "mamel", "5w1s", fails=True)
 
 
 def test_an_unusable_device_is_refused(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

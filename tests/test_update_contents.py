@@ -153,3 +153,12 @@ def test_bad_params_are_one_sentence(change: dict[str, object], sentence: str, e
 def test_without_tasks_it_says_what_to_run(edit: Edit, stage: Stage) -> None:
     edit()
     assert "dvc repro split@5w5s" in stage(app, fails=True)
+
+
+def test_a_lost_loss_is_one_sentence(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(**SMALL | {"studies__update_contents__common__coefficients__gradients": [2]})
+    prepare(stage)
+    lost = lambda params, x, y: torch.nan * params["head.weight"].flatten(1).sum(1)  # noqa: E731
+    monkeypatch.setattr(combinations, "Conv4Loss", lambda network: lost)
+    said = stage(app, fails=True)
+    assert "combinations: the query loss or the meta-gradient stopped being finite" in said and "lower inner_lr" in said
