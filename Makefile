@@ -1,5 +1,6 @@
 # make run    the main job: the 5-way 1-shot comparison, from download to table
 # make test   the tests, with linter and type checker
+# make faults end every stage in every way, and run it again; writes docs/faults.md; ten minutes
 # Both make the environment first: .venv, with the exact versions of requirements.lock.
 
 SHELL := /bin/bash
@@ -13,7 +14,7 @@ STAGES = fetch preprocess cells split@5w1s \
     $$(dvc stage list --name-only | sed -n 's/^evaluate@\(.*-5w1s\)$$/meta_train@\1 evaluate@\1/p') compare@5w1s
 STOPPED = trap 'printf "\nStopped; what is finished is kept. To go on: make $@\n"; exit 130' INT
 
-.PHONY: run glyphs test setup lock
+.PHONY: run glyphs test faults setup lock
 
 run: setup
 	@$(STOPPED); \
@@ -41,6 +42,9 @@ test: setup
 	ruff format --check .
 	mypy
 	pytest
+
+faults: setup
+	OMP_NUM_THREADS=1 pytest -m slow tests/faults
 
 setup: .venv/installed
 
