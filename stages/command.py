@@ -42,7 +42,6 @@ def prepared(tf32: bool = False) -> torch.device:
 
 def chosen_device() -> torch.device:
     """METALIB_DEVICE (cpu, cuda, cuda:1, mps), or the best there is. Not a param: it changes cost, not meaning."""
-    torch.backends.cudnn.benchmark = True  # there are few shapes, and many calls of each
     asked = os.environ.get("METALIB_DEVICE", "auto")
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -86,6 +85,7 @@ def _tensor_float(allowed: bool) -> None:
     precision = "tf32" if allowed else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = allowed  # there are few shapes and many calls of each; in exact float32, none at all
 
 
 def _keep_heap() -> None:
