@@ -205,15 +205,12 @@ class Best:
 class State:
     """Everything that changes while R replicas are trained: what a checkpoint holds."""
 
-    def __init__(self, params: Params, optimisers: list[torch.optim.Optimizer], generators: list[torch.Generator]):
-        device = next(iter(params.values())).device
+    def __init__(self, params: Params, outer: Outer, generators: list[torch.Generator]):
         self.params = params  # (R, *shape), changed in place
-        self.optimisers = optimisers
+        self.optimisers = make_optimisers(params, outer)
         self.generators = generators
         self.best = Best(params)
         self.history = list[Progress]()
-        self.steps_done = torch.zeros((), device=device)
-        self.losses = torch.zeros(_replicas(params), device=device)  # summed over the meta-steps since the last report
 
     @property
     def step(self) -> int:
@@ -234,7 +231,6 @@ class State:
             return False
         self.best.step, self.best.score, self.best.params = saved["best_step"], saved["best_score"], saved["best"]
         self.history = [Progress(*row) for row in saved["history"]]
-        self.steps_done.fill_(self.step)
         for name, value in self.params.items():
             value.copy_(saved["params"][name])
         for optimiser, kept in zip(self.optimisers, saved["optimisers"], strict=True):
@@ -276,61 +272,44 @@ def train(
     """
     starts = [learner.init(p) for p in params]
     values = {name: torch.stack([start[name].detach() for start in starts]) for name in starts[0]}
-    state = State(values, make_optimisers(values, outer), generators)
-
-    def step() -> None:
-        progress = state.steps_done / outer.meta_steps
-        batch = sample(generators, outer.meta_batch)
-        factor = rate(outer.schedule, progress)
-        state.losses.add_(meta_step(learner, loss, batch, values, state.optimisers, progress, factor, chunk))
-        state.steps_done.add_(1)
-
-    if state.losses.device.type == "cuda":
-        step = captured(step, generators)
-    yield from loop(state, step, score, outer.meta_steps, outer.validate_every, checkpoint, report_every)
-
-
-def loop(
-    state: State,
-    step: Callable[[], None],
-    score: Callable[[Params], float],
-    meta_steps: int,
-    validate_every: int,
-    checkpoint: Path | None = None,
-    report_every: int = 50,
-) -> Iterator[Progress | Result]:
-    """What `train` does around its meta-steps: reports, validations, checkpoints.
-
-    `step` takes a meta-step: it changes state.params in place, and adds each replica's loss to state.losses, NaN where
-    something was not finite, and 1 to state.steps_done.
-    """
-    kept = Checkpoint(checkpoint)
+    state, kept = State(values, outer, generators), Checkpoint(checkpoint)
     if state.load(kept):
         yield state.history[-1]
+    device = next(iter(values.values())).device
+    steps_done = torch.full((), float(state.step), device=device)
+    losses = torch.zeros(len(starts), device=device)  # summed over the meta-steps since the last report
+
+    def step() -> None:
+        progress = steps_done / outer.meta_steps
+        batch = sample(generators, outer.meta_batch)
+        factor = rate(outer.schedule, progress)
+        losses.add_(meta_step(learner, loss, batch, values, state.optimisers, progress, factor, chunk))
+        steps_done.add_(1)
 
     def report(done: int, query_loss: list[float], validate: bool) -> Progress:
-        scores = [score(_replica(state.params, r)) for r in range(len(state.losses))] if validate else None
+        scores = [score(_replica(values, r)) for r in range(len(starts))] if validate else None
         state.history.append(Progress(done, query_loss, scores))
         if scores is not None:
-            state.best.update(state.params, done, scores)
+            state.best.update(values, done, scores)
         return state.history[-1]
 
-    if meta_steps == 0:  # nothing is learned: the initial weights are the result
-        yield report(0, [math.nan] * len(state.losses), validate=True)
-    for done in range(state.step + 1, meta_steps + 1):
+    if outer.meta_steps == 0:  # nothing is learned: the initial weights are the result
+        yield report(0, [math.nan] * len(starts), validate=True)
+    if device.type == "cuda":
+        step = captured(step, generators)
+    for done in range(state.step + 1, outer.meta_steps + 1):
         step()
-        validate = done % validate_every == 0 or done == meta_steps
+        validate = done % outer.validate_every == 0 or done == outer.meta_steps
         if validate or done % report_every == 0:
-            query_loss = (state.losses / (done - state.step)).tolist()
+            query_loss = (losses / (done - state.step)).tolist()
             refuse_divergence(query_loss, state.step, done)
-            state.losses.zero_()
+            losses.zero_()
             now = report(done, query_loss, validate)
             if validate:
                 state.save(kept)
             yield now
     kept.remove()
-    best = [_replica(state.best.params, r) for r in range(len(state.losses))]
-    yield Result(best, state.best.step, state.best.score, state.history)
+    yield Result([_replica(state.best.params, r) for r in range(len(starts))], state.best.step, state.best.score, state.history)
 
 
 def refuse_divergence(query_loss: list[float], since: int, done: int) -> None:

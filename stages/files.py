@@ -51,6 +51,11 @@ def plots_folder(setting: str, algorithm: str) -> Path:
     return Path(f"plots/{setting}/{algorithm}")
 
 
+def study_file(name: str) -> Path:
+    """What a study has found, before it becomes a page."""
+    return Path(f"results/studies/{name}.json")
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A place beside `path` to write a file or a folder to; on success it replaces `path`, otherwise it is deleted."""

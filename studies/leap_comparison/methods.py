@@ -1,12 +1,13 @@
 """The methods compared: four meta-learners, multi-headed fine-tuning, and none at all."""
 
 import dataclasses
-from pathlib import Path
+import math
 
 import torch
 from torch import Tensor
 
 from metalib import algorithms, training, tree
+from metalib.checkpoint import Checkpoint
 from metalib.cuda_graph import captured
 from metalib.models.conv4 import LAYERS, Conv4
 from metalib.models.loss import Conv4Loss
@@ -52,7 +53,7 @@ def meta_train(
     classes: list[Tensor],
     generators: list[torch.Generator],
     weights: list[torch.Generator],
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Params:
     """Initial weights for a new task, (R, *shape), meta-trained on each seed's n alphabets, classes R x (n, way).
 
@@ -99,7 +100,7 @@ def train_jointly(
     classes: list[Tensor],
     generators: list[torch.Generator],
     weights: list[torch.Generator],
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Params:
     """Multi-headed fine-tuning: plain SGD on one body, with a head of its own for each of the n alphabets.
 
@@ -111,20 +112,18 @@ def train_jointly(
         for name in tree.part(params, "head.")
     }
     body = {name: value.clone() for name, value in tree.without(params, "head.").items()}
-    state = training.State(body | own, [], generators)
-    joint = Joint(asked, Conv4Loss(network), state.params, images, classes, generators)
+    joint = Joint(asked, Conv4Loss(network), body | own, images, classes, generators)
     sgd = captured(joint.sgd, []) if images.device.type == "cuda" else joint.sgd
-
-    def step() -> None:
+    for done in range(joint.load(checkpoint) + 1, asked.meta_steps + 1):
         joint.draw()
         for _ in range(asked.meta_batch * asked.inner_steps):
             sgd()
-        state.losses.add_(torch.where(joint.losses.isfinite(), joint.losses, torch.nan))
-
-    every = max(1, round(asked.meta_steps / CHECKPOINTS))
-    *_, result = training.loop(state, step, nothing_is_selected, asked.meta_steps, every, checkpoint)
-    assert isinstance(result, training.Result)
-    return {name: torch.stack([some[name] for some in result.params]) for name in body} | tree.part(params, "head.")
+        lost = [replica for replica, value in enumerate(joint.losses.tolist()) if not math.isfinite(value)]
+        if lost:
+            raise training.Diverged(f"the loss is no longer finite after meta-step {done}", lost)
+        if done % max(1, asked.meta_steps // CHECKPOINTS) == 0 or done == asked.meta_steps:
+            joint.save(checkpoint, done)
+    return body | tree.part(params, "head.")
 
 
 class Joint:
@@ -144,7 +143,7 @@ class Joint:
     ) -> None:
         """`params`, changed in place: the body (R, *shape), and heads (R, n, *shape)."""
         self.asked, self.loss, self.images, self.classes, self.generators = asked, loss, images, classes, generators
-        self.body, self.heads = tree.without(params, "head."), tree.part(params, "head.")
+        self.params, self.body, self.heads = params, tree.without(params, "head."), tree.part(params, "head.")
         self.first = torch.arange(len(classes), device=images.device) * asked.meta_batch  # of each seed's tasks
         self.losses = torch.zeros(len(classes), device=images.device)  # the last step's
         self.done = torch.zeros(1, dtype=torch.int64, device=images.device)  # steps since the last draw
@@ -171,6 +170,22 @@ class Joint:
         losses = joint_step(self.loss, self.body, self.heads, which[task], x[task, at], y[task, at], self.asked.inner_lr)
         self.losses.copy_(losses)
         self.done.add_(1)
+
+    def save(self, checkpoint: Checkpoint | None, step: int) -> None:
+        """Keep the state after this meta-step, where a checkpoint is given."""
+        if checkpoint:
+            checkpoint.save(step=step, params=self.params, generators=[g.get_state() for g in self.generators])
+
+    def load(self, checkpoint: Checkpoint | None) -> int:
+        """Go back to the state that was kept; returns its meta-step, 0 where there is none."""
+        state = checkpoint.load(self.images.device) if checkpoint else None
+        if state is None:
+            return 0
+        for name, value in self.params.items():
+            value.copy_(state["params"][name])
+        for generator, kept in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(kept.cpu())
+        return int(state["step"])
 
 
 def joint_step(loss: TaskLoss, body: Params, heads: Params, which: Tensor, x: Tensor, y: Tensor, lr: float) -> Tensor:
