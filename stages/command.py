@@ -4,8 +4,10 @@ import ctypes
 import functools
 import os
 import platform
+import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -30,6 +32,23 @@ def one_sentence(main: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(1) from None
 
     return wrapped
+
+
+@contextmanager
+def stoppable(name: str, again: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM in this block end in one line, which says what the same command will do, and the usual exit status."""
+
+    def stop(number: int, _: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        console.print(f"{name}: stopped; the same command {again()}", highlight=False)
+        raise typer.Exit(128 + next(iter(stopped.args), signal.SIGINT)) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def prepared(tf32: bool = False) -> torch.device:
