@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metalib import tree
 from metalib.checkpoint import Checkpoint
-from metalib.cuda_graph import captured
+from metalib.cuda_graph import Captured
 from metalib.types import MetaGradient, MetaLearner, Params, TaskBatch, TaskLoss
 
 
@@ -64,6 +64,7 @@ class Result(NamedTuple):
     best_step: list[int]
     validation: list[float]
     history: list[Progress]
+    graph: str | None = None  # whether the meta-step was recorded as a CUDA graph (Captured.outcome); None without a GPU
 
 
 class Diverged(ValueError):
@@ -320,10 +321,10 @@ def train(
 
     if outer.meta_steps == 0:  # nothing is learned: the initial weights are the result
         yield report(0, validate=True)
-    if device.type == "cuda":
-        step = captured(step, generators)
+    graph = Captured(step, generators) if device.type == "cuda" else None
+    call = graph or step
     for done in range(state.step + 1, outer.meta_steps + 1):
-        step()
+        call()
         validate = done % outer.validate_every == 0 or done == outer.meta_steps
         if validate or done % report_every == 0:
             now = report(done, validate)
@@ -331,7 +332,8 @@ def train(
                 state.save(checkpoint)
             yield now
     refuse_divergence(state)
-    yield Result([_replica(state.best.params, r) for r in range(len(starts))], state.best.step, state.best.score, state.history)
+    best = [_replica(state.best.params, r) for r in range(len(starts))]
+    yield Result(best, state.best.step, state.best.score, state.history, graph.outcome if graph else None)
 
 
 def refuse_divergence(state: State) -> None:

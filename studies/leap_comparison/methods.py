@@ -8,7 +8,7 @@ from torch import Tensor
 
 from metalib import algorithms, training, tree
 from metalib.checkpoint import Checkpoint
-from metalib.cuda_graph import captured
+from metalib.cuda_graph import Captured
 from metalib.models.conv4 import LAYERS, Conv4
 from metalib.models.loss import Conv4Loss
 from metalib.types import MetaLearner, Params, TaskLoss
@@ -113,7 +113,7 @@ def train_jointly(
     }
     body = {name: value.clone() for name, value in tree.without(params, "head.").items()}
     joint = Joint(asked, Conv4Loss(network), body | own, images, classes, generators)
-    sgd = captured(joint.sgd, []) if images.device.type == "cuda" else joint.sgd
+    sgd = Captured(joint.sgd, []) if images.device.type == "cuda" else joint.sgd
     for done in range(joint.load(checkpoint) + 1, asked.meta_steps + 1):
         joint.draw()
         for _ in range(asked.meta_batch * asked.inner_steps):
