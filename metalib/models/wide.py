@@ -286,9 +286,9 @@ class NormReLUBackward(Function):
         ctx: Any, g: Tensor, x: Tensor, gamma: Tensor, xhat: Tensor, y: Tensor, r: Tensor, s: int
     ) -> tuple[Tensor, ...]:
         h = torch.ops.aten.threshold_backward(g, y, 0)
-        a, b = h.sum(0), (h * xhat).sum(0)
-        gx = h * (gamma * r)
-        gx[:s].addcmul_(xhat[:s], gamma * r * b, value=-1 / s).sub_(gamma * r * a / s)
+        a, b, k = h.sum(0), (h * xhat).sum(0), gamma * r
+        gx = h * k
+        gx[:s].addcmul_(xhat[:s], k * b, value=-1 / s).sub_(k * a, alpha=1 / s)
         ctx.save_for_backward(h, gamma, xhat, y, r, a, b)
         ctx.s = s
         return gx, b, a
@@ -301,12 +301,14 @@ class NormReLUBackward(Function):
         s, k = ctx.s, gamma * r
         ub = u[:s].mean(0)
         p = (u[:s] * xhat[:s]).mean(0)
-        q = (u * h).sum(0) - ub * a - p * b
-        f = v - k * p
-        sum_t, sum_t_xhat = f * a - k * b * ub, f * b - k * b * p
+        # addcmul: each is one launch on a GPU, where vectors of c numbers cost as much as all of x
+        q = (u * h).sum(0).addcmul_(ub, a, value=-1).addcmul_(p, b, value=-1)
+        f, kb = torch.addcmul(v, k, p, value=-1), k * b
+        sum_t = (f * a).addcmul_(kb, ub, value=-1)
+        rest = (f * b).addcmul_(kb, p, value=-1).addcmul_(k, q)  # sum t xhat + gamma r q
         dx = h * (r * f)
-        dx[:s].addcmul_(u[:s], -r * k * b / s).addcmul_(xhat[:s], -r * (sum_t_xhat + k * q) / s).sub_(r * sum_t / s)
-        dg = torch.addcmul(w - k * ub, u, k).addcmul_(xhat, f)
+        dx[:s].addcmul_(u[:s], r * kb, value=-1 / s).addcmul_(xhat[:s], r * rest, value=-1 / s).sub_(r * sum_t, alpha=1 / s)
+        dg = torch.addcmul(torch.addcmul(w, k, ub, value=-1), u, k).addcmul_(xhat, f)
         return torch.ops.aten.threshold_backward(dg, y, 0), dx, r * q, None, None, None, None
 
 
