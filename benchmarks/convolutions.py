@@ -80,14 +80,10 @@ def implementations(tasks: int, images: int, size: int, channels: int, device: t
             "grad_kernel": lambda: backward([False, True, False]).reshape(w.shape),
         }
 
-    def by_patches() -> Tensor:
-        y = torch.bmm(wide._patches(x, tasks, 2), w.reshape(tasks, 64, -1).mT)  # (T, B*H'*W', C_out)
-        return y.transpose(0, 1).reshape(g.shape)
-
     by_bmm = {
-        "conv": by_patches,
+        "conv": lambda: wide._conv_by_patches(x, w, 2),
         "grad_input": lambda: wide._grad_input_by_taps(g, w, x.shape, 2),
-        "grad_kernel": lambda: torch.bmm(g.view(-1, tasks, 64).permute(1, 2, 0), wide._patches(x, tasks, 2)).view(w.shape),
+        "grad_kernel": lambda: wide._grad_kernel_by_patches(x, g, w.shape, 2),
     }
     as_wide = {
         "conv": lambda: wide.Conv.apply(x, w, 2),

@@ -59,7 +59,7 @@ def ours(item: Item, params: Params, batch: TaskBatch, engine: str) -> Call:
 def recorded(call: Call) -> Call:
     """The call as a CUDA graph. Each call overwrites what the one before returned."""
     grads = Params()
-    launch = cuda_graph.captured(lambda: grads.update(call()), [], plain_calls=1)
+    launch = cuda_graph.Captured(lambda: grads.update(call()), [], plain_calls=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="no CUDA graph")
         for _ in range(3):

@@ -35,17 +35,18 @@ def evaluate(
 ) -> Accuracy:
     """Adapt to every task and classify its queries.
 
-    `chunk` tasks are adapted at a time, which does not change the result. Left out, it is 16; on a GPU, which a few tasks do
-    not fill, it is as many tasks as have 4,096 images, but at least 16.
+    `chunk` tasks, or a few less, are adapted at a time, which does not change the result. Left out, it is 16; on a GPU, which
+    a few tasks do not fill, it is as many tasks as have 4,096 images, but at least 16.
     Without `every_step` the accuracies are only those after the last inner step, (1, tasks).
     """
     if chunk is None:
         chunk = max(16, 4096 // tasks.images[0].numel()) if characters.is_cuda else 16
-    parts = [
+    parts = -(-len(tasks.classes) // chunk)  # as equal as can be, since a GPU prepares itself for every new shape
+    found = [
         evaluate_batch(learner, network, params, gather(characters, Tasks(*some), shot), every_step)
-        for some in zip(*(index.split(chunk) for index in tasks), strict=True)
+        for some in zip(*(index.chunk(parts) for index in tasks), strict=True)
     ]
-    return Accuracy(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
+    return Accuracy(*(torch.cat(part, 1) for part in zip(*found, strict=True)))
 
 
 def evaluate_batch(learner: MetaLearner, network: Conv4, params: Params, batch: TaskBatch, every_step: bool = True) -> Accuracy:

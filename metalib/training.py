@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from metalib import tree
 from metalib.checkpoint import Checkpoint
-from metalib.cuda_graph import captured
+from metalib.cuda_graph import Captured
 from metalib.types import MetaGradient, MetaLearner, Params, TaskBatch, TaskLoss
 
 
@@ -52,8 +51,10 @@ class Progress(NamedTuple):
     """Where a training stands after some meta-steps, with a number for each replica."""
 
     step: int  # meta-steps done
-    query_loss: list[float]  # mean over the tasks since the last report
-    validation: list[float] | None  # scores on the validation tasks, where validation was due
+    query_loss: list[float]  # mean over the tasks since the last report, without skipped meta-steps
+    validation: list[float] | None  # scores on the validation tasks, where validation was due; NaN of a replica that diverged
+    skipped: list[int]  # meta-steps since the last report that were not taken, since a loss or a gradient was not finite
+    diverged: list[int]  # the replicas that have ended: none of their last meta-steps was taken
 
 
 class Result(NamedTuple):
@@ -63,13 +64,11 @@ class Result(NamedTuple):
     best_step: list[int]
     validation: list[float]
     history: list[Progress]
+    graph: str | None = None  # whether the meta-step was recorded as a CUDA graph (Captured.outcome); None without a GPU
 
 
 class Diverged(ValueError):
-    """A query loss is no longer finite; the weights are those of the last good meta-step.
-
-    When one replica diverges, all that are trained with it stop.
-    """
+    """A query loss or a meta-gradient is no longer finite; raised when all other replicas are trained to their end."""
 
     def __init__(self, message: str, replicas: list[int]):
         super().__init__(message)
@@ -188,12 +187,12 @@ class Best:
         self.step = [0] * count
         self.score = [-math.inf] * count  # so that any real number is better
 
-    def update(self, params: Params, step: int, scores: list[float]) -> None:
+    def update(self, params: Params, step: int, scores: dict[int, float]) -> None:
         """Keep the params (R, *shape) of this step for the replicas whose score is at least as good as their best one.
 
         ValueError for a score that is not a number, which is neither better nor worse than any other.
         """
-        for replica, score in enumerate(scores):
+        for replica, score in scores.items():
             if math.isnan(score):
                 raise ValueError(f"the validation score of replica {replica} is not a number at meta-step {step}")
             if score >= self.score[replica]:
@@ -211,17 +210,23 @@ class State:
         self.generators = generators
         self.best = Best(params)
         self.history = list[Progress]()
+        self.taken = [0.0] * _replicas(params)  # each replica's last meta-step that was not skipped
 
     @property
     def step(self) -> int:
         """Meta-steps done when the last report was made."""
         return self.history[-1].step if self.history else 0
 
+    @property
+    def diverged(self) -> list[int]:
+        """The replicas that have ended."""
+        return self.history[-1].diverged if self.history else []
+
     def save(self, checkpoint: Checkpoint) -> None:
         checkpoint.save(
             step=self.step, best_step=self.best.step, best_score=self.best.score, best=self.best.params, params=self.params,
             optimisers=[o.state_dict() for o in self.optimisers], generators=[g.get_state() for g in self.generators],
-            history=[tuple(row) for row in self.history],
+            history=[tuple(row) for row in self.history], taken=self.taken,
         )  # fmt: skip
 
     def load(self, checkpoint: Checkpoint) -> bool:
@@ -231,6 +236,7 @@ class State:
             return False
         self.best.step, self.best.score, self.best.params = saved["best_step"], saved["best_score"], saved["best"]
         self.history = [Progress(*row) for row in saved["history"]]
+        self.taken = saved["taken"]
         for name, value in self.params.items():
             value.copy_(saved["params"][name])
         for optimiser, kept in zip(self.optimisers, saved["optimisers"], strict=True):
@@ -249,7 +255,7 @@ def train(
     outer: Outer,
     *,
     generators: list[torch.Generator],
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     chunk: int | None = None,
     report_every: int = 50,
 ) -> Iterator[Progress | Result]:
@@ -264,59 +270,77 @@ def train(
         score: meta-parameters of one replica -> how well they do on validation tasks, any real number, higher is better;
             those with the best score are the result.
         generators: one for each replica's tasks; with the initial weights it determines the result.
-        checkpoint: a file that is written at every validation, taken up if it is there, and removed at the end. A training
-            that is killed and taken up ends as it would have, on the CPU to the bit.
+        checkpoint: a file that is written at every validation, and taken up if it is there. A training that is killed and taken
+            up ends as it would have, on the CPU to the bit. checkpoint.keep removes the file when it is no longer needed.
         chunk: how many of each replica's tasks to compute at a time, where a whole meta-batch does not fit into memory.
         report_every: meta-steps between reports; every validation is reported, too.
-    Raises: Diverged when a query loss or meta-gradient is no longer finite.
+    Raises: Diverged. A replica skips a meta-step whose query loss or meta-gradient is not finite, be it of one task alone; when
+        none of its last `report_every` was taken, it has diverged. The others are trained to their end, as if it had not.
     """
     starts = [learner.init(p) for p in params]
     values = {name: torch.stack([start[name].detach() for start in starts]) for name in starts[0]}
-    state, kept = State(values, outer, generators), Checkpoint(checkpoint)
-    if state.load(kept):
+    state = State(values, outer, generators)
+    if checkpoint and state.load(checkpoint):
+        checkpoint.say(f"goes on from meta-step {state.step}")
         yield state.history[-1]
     device = next(iter(values.values())).device
     steps_done = torch.full((), float(state.step), device=device)
     losses = torch.zeros(len(starts), device=device)  # summed over the meta-steps since the last report
+    skipped = torch.zeros_like(losses)  # how many of them were not finite
+    taken = losses.new_tensor(state.taken)  # the last one that was
 
     def step() -> None:
         progress = steps_done / outer.meta_steps
         batch = sample(generators, outer.meta_batch)
         factor = rate(outer.schedule, progress)
-        losses.add_(meta_step(learner, loss, batch, values, state.optimisers, progress, factor, chunk))
+        query_loss = meta_step(learner, loss, batch, values, state.optimisers, progress, factor, chunk)
         steps_done.add_(1)
+        finite = query_loss.isfinite()
+        losses.add_(torch.where(finite, query_loss, 0))
+        skipped.add_(~finite)
+        taken.copy_(torch.where(finite, steps_done, taken))
 
-    def report(done: int, query_loss: list[float], validate: bool) -> Progress:
-        scores = [score(_replica(values, r)) for r in range(len(starts))] if validate else None
-        state.history.append(Progress(done, query_loss, scores))
-        if scores is not None:
-            state.best.update(values, done, scores)
+    def report(done: int, validate: bool) -> Progress:
+        means = losses / (done - state.step - skipped)
+        query_loss, left_out, last = torch.stack([means, skipped, taken]).tolist()
+        losses.zero_()
+        skipped.zero_()
+        diverged = list[int]()
+        for r in range(len(starts)):
+            if r not in state.diverged:
+                state.taken[r] = last[r]
+            if r in state.diverged or (done and last[r] <= max(0, done - report_every)):
+                diverged.append(r)
+        scores = {r: score(_replica(values, r)) for r in range(len(starts)) if validate and r not in diverged}
+        state.best.update(values, done, scores)
+        validation = [scores.get(r, math.nan) for r in range(len(starts))] if validate else None
+        state.history.append(Progress(done, query_loss, validation, [int(n) for n in left_out], diverged))
+        if len(diverged) == len(starts):
+            refuse_divergence(state)
         return state.history[-1]
 
     if outer.meta_steps == 0:  # nothing is learned: the initial weights are the result
-        yield report(0, [math.nan] * len(starts), validate=True)
-    if device.type == "cuda":
-        step = captured(step, generators)
+        yield report(0, validate=True)
+    graph = Captured(step, generators) if device.type == "cuda" else None
+    call = graph or step
     for done in range(state.step + 1, outer.meta_steps + 1):
-        step()
+        call()
         validate = done % outer.validate_every == 0 or done == outer.meta_steps
         if validate or done % report_every == 0:
-            query_loss = (losses / (done - state.step)).tolist()
-            refuse_divergence(query_loss, state.step, done)
-            losses.zero_()
-            now = report(done, query_loss, validate)
-            if validate:
-                state.save(kept)
+            now = report(done, validate)
+            if validate and checkpoint:
+                state.save(checkpoint)
             yield now
-    kept.remove()
-    yield Result([_replica(state.best.params, r) for r in range(len(starts))], state.best.step, state.best.score, state.history)
+    refuse_divergence(state)
+    best = [_replica(state.best.params, r) for r in range(len(starts))]
+    yield Result(best, state.best.step, state.best.score, state.history, graph.outcome if graph else None)
 
 
-def refuse_divergence(query_loss: list[float], since: int, done: int) -> None:
-    """Diverged when a replica's mean query loss is NaN, which meta_step returns where something was not finite."""
-    lost = [replica for replica, value in enumerate(query_loss) if math.isnan(value)]
-    if lost:
-        raise Diverged(f"the query loss or the meta-gradient stopped being finite between meta-steps {since} and {done}", lost)
+def refuse_divergence(state: State) -> None:
+    """Diverged, which names the last good meta-step of each replica that has ended early."""
+    if state.diverged:
+        steps = " and ".join(f"{state.taken[replica]:.0f}" for replica in state.diverged)
+        raise Diverged(f"the query loss or the meta-gradient stopped being finite after meta-step {steps}", state.diverged)
 
 
 def _replicas(values: Params) -> int:

@@ -4,8 +4,10 @@ import ctypes
 import functools
 import os
 import platform
+import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -32,6 +34,23 @@ def one_sentence(main: Callable[P, None]) -> Callable[P, None]:
     return wrapped
 
 
+@contextmanager
+def stoppable(name: str, again: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM in this block end in one line, which says what the same command will do, and the usual exit status."""
+
+    def stop(number: int, _: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        console.print(f"{name}: stopped; the same command {again()}", highlight=False)
+        raise typer.Exit(128 + next(iter(stopped.args), signal.SIGINT)) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def prepared(tf32: bool = False) -> torch.device:
     """The device to compute on; the process keeps freed memory, and float32 products are exact to float32 unless `tf32`."""
     device = chosen_device()
@@ -42,7 +61,6 @@ def prepared(tf32: bool = False) -> torch.device:
 
 def chosen_device() -> torch.device:
     """METALIB_DEVICE (cpu, cuda, cuda:1, mps), or the best there is. Not a param: it changes cost, not meaning."""
-    torch.backends.cudnn.benchmark = True  # there are few shapes, and many calls of each
     asked = os.environ.get("METALIB_DEVICE", "auto")
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -86,6 +104,7 @@ def _tensor_float(allowed: bool) -> None:
     precision = "tf32" if allowed else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = allowed  # there are few shapes and many calls of each; in exact float32, none at all
 
 
 def _keep_heap() -> None:

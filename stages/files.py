@@ -1,10 +1,10 @@
 """Where the pipeline's files are, and how they are written (whole or not at all) and read."""
 
 import csv
+import hashlib
 import io
 import json
 import os
-import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from metalib.complaints import describe
 from metalib.data.omniglot import Characters
 from metalib.data.tasks import Protocol, Tasks
+from metalib.files import whole as whole  # stages write with files.whole
 from stages.params import Cell
 
 RAW = Path("data/raw")
@@ -30,8 +31,27 @@ def tasks_file(setting: str) -> Path:
     return Path(f"data/tasks/{setting}.npz")
 
 
+def checkpoint(name: str) -> Path:
+    """Where a training keeps its state; experiments, which run in folders of their own, share one place."""
+    return Path(os.environ.get("DVC_ROOT", ".")) / ".checkpoints" / f"{name}.pt"
+
+
+def fingerprint(facts: Any, *paths: Path) -> str:
+    """Of values and of the files at `paths`, in folders the code: a training's checkpoint is another's when one changes."""
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for path in paths:
+        code = (file for file in path.rglob("*") if file.suffix in (".py", ".cpp") and "/." not in str(file.relative_to(path)))
+        for file in sorted(code) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def model_folder(setting: str, algorithm: str) -> Path:
     return Path(f"models/{setting}/{algorithm}")
+
+
+def cell_file(setting: str, algorithm: str) -> Path:
+    return CELLS / setting / f"{algorithm}.json"
 
 
 def results_file(setting: str, algorithm: str) -> Path:
@@ -51,26 +71,9 @@ def plots_folder(setting: str, algorithm: str) -> Path:
     return Path(f"plots/{setting}/{algorithm}")
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write a file or a folder to; on success it replaces `path`, otherwise it is deleted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    _remove(beside)
-    try:
-        yield beside
-        if path.is_dir():
-            _remove(path)
-        os.replace(beside, path)
-    finally:
-        _remove(beside)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def study_file(name: str) -> Path:
+    """What a study has found, before it becomes a page."""
+    return Path(f"results/studies/{name}.json")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -127,7 +130,7 @@ def load_cell(setting: str, algorithm: str) -> Cell:
     known = sorted(path.stem for path in (CELLS / setting).glob("*.json"))
     if known and algorithm not in known:
         raise ValueError(f"algorithm: {algorithm!r} has no cell in {setting}; there are {', '.join(known)}")
-    return _cell(_load_json(CELLS / setting / f"{algorithm}.json"))
+    return _cell(_load_json(cell_file(setting, algorithm)))
 
 
 def load_protocol_cells() -> dict[str, Cell]:
@@ -160,7 +163,10 @@ def _cell(values: Any) -> Cell:
 def load_arrays(path: Path, stage: str) -> Iterator[Any]:
     """The arrays of a .npz that `stage` makes; ValueError when it is missing, damaged, or of another version."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} is damaged")
         with np.load(path) as arrays:
             yield arrays
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}); make it with: dvc repro {stage}") from None

@@ -1,7 +1,6 @@
 """Meta-train one algorithm in one setting."""
 
-import hashlib
-import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -12,16 +11,17 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import metalib
 from metalib import algorithms, evaluation, training
+from metalib.checkpoint import Checkpoint, keep
 from metalib.data import tasks
 from metalib.models.loss import Conv4Loss, engine
 from metalib.randomness import generator
 from metalib.types import Params, TaskBatch
 from stages import files, params
-from stages.command import console, one_sentence, prepared
+from stages.command import console, one_sentence, prepared, stoppable
 
 app = typer.Typer(add_completion=False)
 Steps = Iterator[training.Progress | training.Result]
@@ -40,39 +40,59 @@ def main(
     cell = files.load_cell(setting, algorithm)
     stored = files.load_tasks(setting)
     device = prepared(cell.tf32)
-    kept = Path(os.environ.get("DVC_ROOT", ".")) / ".checkpoints"
-    checkpoint = kept / f"{fingerprint(cell, device)}.pt"
     name = f"{algorithm} {setting}"
-    console.print(f"{name}: {values(cell)}", highlight=False)
-    with files.whole(files.model_folder(setting, algorithm)) as folder:
-        folder.mkdir()
+    path = files.checkpoint(f"{algorithm}-{setting}-{fingerprint(cell, device)}")
+
+    def say(text: str) -> None:
+        console.print(f"{name}: {text}", highlight=False)
+
+    say(values(cell))
+    with stoppable(name, lambda: goes_on(path)), keep(path, say) as checkpoint:
         began = time.monotonic()
         try:
-            result = follow(cell, train(cell, stored, device, checkpoint), resumed=checkpoint.exists())
+            result = follow(cell, train(cell, stored, device, checkpoint))
         except training.Diverged as error:
             which = ", ".join(str(cell.seeds[replica]) for replica in error.replicas)
-            raise ValueError(f"{name} seed {which}: {error}; lower inner_lr or outer.lr") from None
-        seeds = []
-        for r, seed in enumerate(cell.seeds):
-            save_file({k: v.cpu().contiguous() for k, v in result.params[r].items()}, folder / f"seed{seed}.safetensors")
-            files.write_csv(folder / f"seed{seed}.csv", history(result.history, r))
-            validation = round(100 * result.validation[r], 2)
-            seeds.append({"seed": seed, "best_step": result.best_step[r], "validation": validation})
-            console.print(f"{name} seed {seed}: best at meta-step {result.best_step[r]}, validation {validation:.2f} %")
-        console.print(f"{name}: {time.monotonic() - began:.0f} s on {device}")
-        network = params.make_network(cell, way=stored.protocol.way, image_size=28)
-        meta = {
-            **stored.protocol._asdict(),
-            **cell.model_dump(mode="json", exclude={"seeds", "own"}),
-            "engine": engine(network, device),
-            "seeds": seeds,
-        }
-        files.write_json(folder / "meta.json", meta)
-        if files.load_cell(setting, algorithm) != cell:
-            raise ValueError(f"the values of {name} changed while it was training; nothing was recorded, run it again")
+            raise ValueError(f"{name} seed {which}: {error}; nothing is recorded, lower inner_lr or outer.lr") from None
+        with files.whole(files.model_folder(setting, algorithm)) as folder:
+            folder.mkdir()
+            seeds = []
+            for r, seed in enumerate(cell.seeds):
+                (folder / f"seed{seed}.safetensors").write_bytes(
+                    save({k: v.cpu().contiguous() for k, v in result.params[r].items()})
+                )
+                files.write_csv(folder / f"seed{seed}.csv", history(result.history, r))
+                validation = round(100 * result.validation[r], 2)
+                seeds.append({"seed": seed, "best_step": result.best_step[r], "validation": validation})
+                say(f"seed {seed}: best at meta-step {result.best_step[r]}, validation {validation:.2f} %")
+            say(f"{time.monotonic() - began:.0f} s on {device}")
+            network = params.make_network(cell, way=stored.protocol.way, image_size=28)
+            meta = {
+                **stored.protocol._asdict(),
+                **cell.model_dump(mode="json", exclude={"seeds", "own"}),
+                "engine": engine(network, device),
+                "seeds": seeds,
+            }
+            files.write_json(folder / "meta.json", meta)
+            refuse_change(cell)
 
 
-def train(cell: params.Cell, stored: files.TaskFile, device: torch.device, checkpoint: Path | None = None) -> Steps:
+def refuse_change(cell: params.Cell) -> None:
+    """ValueError when the cell's file no longer holds the values that are trained with."""
+    if files.load_cell(cell.setting, cell.algorithm) != cell:
+        raise ValueError(
+            f"the values of {cell.algorithm} {cell.setting} changed while it was training; nothing was recorded, run it again "
+            "(with the old values it goes on where it was)"
+        )
+
+
+def goes_on(path: Path) -> str:
+    """What a training with the checkpoint at `path` does when it is run again."""
+    state = Checkpoint(path).load(torch.device("cpu"))
+    return f"goes on from meta-step {state['step']}" if state else "starts again"
+
+
+def train(cell: params.Cell, stored: files.TaskFile, device: torch.device, checkpoint: Checkpoint | None = None) -> Steps:
     """Put data, network, learner and outer loop together; all seeds of the cell are trained at once."""
     way, shot = stored.protocol.way, stored.protocol.shot
     characters = torch.from_numpy(files.load_characters().images).to(device)
@@ -147,11 +167,8 @@ def fingerprint(cell: params.Cell, device: torch.device) -> str:
     """Of all that determines the result, so that a checkpoint is only ever taken up by the training it belongs to."""
     network = params.make_network(cell, way=2, image_size=28)
     facts = [cell.model_dump(mode="json"), device.type, engine(network, device), torch.__version__]
-    digest = hashlib.sha256(json.dumps(facts).encode())
-    code = sorted(path for path in Path(metalib.__path__[0]).rglob("*") if path.suffix in (".py", ".cpp"))
-    for path in (files.CHARACTERS, files.tasks_file(cell.setting), Path(__file__), *code):
-        digest.update(path.read_bytes())
-    return f"{cell.algorithm}-{cell.setting}-{digest.hexdigest()[:16]}"
+    code = (Path(metalib.__path__[0]), Path(params.__file__), Path(__file__))
+    return files.fingerprint(facts, files.CHARACTERS, files.tasks_file(cell.setting), *code)
 
 
 def columns(name: str) -> list[ProgressColumn]:
@@ -160,38 +177,42 @@ def columns(name: str) -> list[ProgressColumn]:
     return [TextColumn(name), BarColumn(bar_width=None), MofNCompleteColumn(), rate, TimeRemainingColumn(), news]
 
 
-def follow(cell: params.Cell, steps: Steps, resumed: bool = False) -> training.Result:
-    """Show the training as it goes, a bar on a terminal and a line per validation elsewhere; returns its result."""
+def follow(cell: params.Cell, steps: Steps) -> training.Result:
+    """Show the training as it goes, a bar on a terminal and a line per validation elsewhere; returns its result.
+
+    ValueError at the first validation after the cell's file was changed.
+    """
     name, total = f"{cell.algorithm} {cell.setting}", cell.outer.meta_steps
-    accuracy, rate, first, began, validated = "", "", None, 0.0, 0
+    accuracy, rate, first, began, ended = "", "", None, 0.0, list[int]()
     with Bar(*columns(name), console=console, disable=not console.is_terminal, expand=True) as bar:
         task = bar.add_task(name, total=total, rate="", news="")
-        try:
-            for now in steps:
-                if isinstance(now, training.Result):
-                    return now
-                if first is None:  # a checkpoint's step, or the first steps, which are slow
-                    first, began = now.step, time.monotonic()
-                    if resumed:
-                        console.print(f"{name}: goes on from meta-step {now.step}", highlight=False)
-                else:
-                    rate = f"{(now.step - first) / (time.monotonic() - began):.1f} steps/s"
-                if now.validation is not None:
-                    accuracy, validated = f"{100 * _mean(now.validation):.2f} %", now.step
-                bar.update(task, completed=now.step, rate=rate, news=accuracy)
-                if now.validation is not None and not console.is_terminal:
-                    loss = f"query loss {_mean(now.query_loss):.4f} " if now.step else ""  # no step, no loss
-                    news = f"{loss}validation {accuracy}"
-                    console.print(f"{name}: meta-step {now.step} of {total}  {rate}  {news}", highlight=False)
-        except KeyboardInterrupt:
-            again = f"goes on from meta-step {validated}" if validated else "starts again"
-            console.print(f"{name}: stopped; the same command {again}", highlight=False)
-            raise typer.Exit(130) from None
+        for now in steps:
+            if isinstance(now, training.Result):
+                return now
+            if first is None:  # a checkpoint's step, or the first steps, which are slow
+                first, began = now.step, time.monotonic()
+            else:
+                rate = f"{(now.step - first) / (time.monotonic() - began):.1f} steps/s"
+            if now.diverged != ended:
+                ended = now.diverged
+                which = ", ".join(str(cell.seeds[replica]) for replica in ended)
+                console.print(f"{name} seed {which}: diverged; the others are trained to their end", highlight=False)
+            if now.validation is not None:
+                accuracy = f"{100 * _mean(now.validation):.2f} %"
+            bar.update(task, completed=now.step, rate=rate, news=accuracy)
+            if now.validation is not None and not console.is_terminal:
+                loss = f"query loss {_mean(now.query_loss):.4f} " if now.step else ""  # no step, no loss
+                news = f"{loss}validation {accuracy}"
+                console.print(f"{name}: meta-step {now.step} of {total}  {rate}  {news}", highlight=False)
+            if now.validation is not None and files.cell_file(cell.setting, cell.algorithm).exists():  # `cells` may be at work
+                refuse_change(cell)
     raise AssertionError("a training ends with its result")
 
 
 def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    """Over the replicas that have not diverged."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def history(progress: list[training.Progress], replica: int) -> list[dict[str, object]]:
@@ -201,6 +222,7 @@ def history(progress: list[training.Progress], replica: int) -> list[dict[str, o
             "step": row.step,
             "query_loss": f"{row.query_loss[replica]:.5f}",
             "validation": "" if row.validation is None else f"{100 * row.validation[replica]:.2f}",
+            "skipped": row.skipped[replica],
         }
         for row in progress
     ]

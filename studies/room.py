@@ -1,18 +1,16 @@
-"""What all studies share: the page from its template, and the files each one leaves behind."""
+"""What all studies' pages share: a template to fill in, places for labels, and the files that belong to a page."""
 
+import json
 import math
-import platform
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 from matplotlib.figure import Figure
 
 from stages import files, tables
-from stages.command import commit, console, device_name
+from stages.command import console
 
 PAGES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -56,6 +54,16 @@ def _bottom(group: list[int], places: list[float], gap: float) -> float:
     return sum(places[index] for index in group) / len(group) - gap * (len(group) - 1) / 2
 
 
+def results(name: str) -> dict[str, Any]:
+    """What the study has found, and the values that it was computed with; ValueError where there is nothing to be read."""
+    path = files.study_file(name)
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); make it with: dvc repro {name}") from None
+    return found
+
+
 def write(
     name: str,
     *,
@@ -63,17 +71,13 @@ def write(
     page: str,
     data: Mapping[str, Sequence[Mapping[str, Any]]],
     metrics: Mapping[str, Any],
-    device: torch.device,
-    began: float,
 ) -> None:
-    """Write the study's outputs, as dvc.yaml names them.
+    """Write the study's page and what belongs to it, as dvc.yaml names them.
 
     Args:
         figure, page: reports/studies/<name>.png and .md.
         data: plots/studies/<name>/<table>.csv for each table, a list of rows.
         metrics: reports/studies/<name>.metrics.json, the few numbers to compare commits by.
-        device, began: where the study ran and when it began (time.monotonic()): reports/studies/<name>.run.json holds them,
-            with commit and versions.
     """
     with files.whole(Path(f"plots/studies/{name}")) as folder:
         folder.mkdir()
@@ -84,13 +88,4 @@ def write(
     with files.whole(Path(f"reports/studies/{name}.md")) as beside:
         beside.write_text(page.rstrip() + "\n")
     files.write_json(Path(f"reports/studies/{name}.metrics.json"), metrics)
-    run = {
-        "commit": commit(),
-        "device": f"{device.type} ({device_name(device)})",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "seconds": round(time.monotonic() - began),
-    }
-    files.write_json(Path(f"reports/studies/{name}.run.json"), run)
-    console.print(f"reports/studies/{name}.md: {run['seconds']} s on {device}")
+    console.print(f"reports/studies/{name}.md", highlight=False)

@@ -58,7 +58,14 @@ def different(params: Params, tasks: int) -> Params:
     }
 
 
+@pytest.fixture(params=["convolutions", "products"])
+def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a convolution on the CPU, and the one on a GPU."""
+    monkeypatch.setattr(wide, "_as_products", lambda x: request.param == "products")
+
+
 @every_network
+@pytest.mark.usefixtures("road")
 @pytest.mark.parametrize("statistics_from", [None, 5])
 @pytest.mark.parametrize("weights_of", [different, tree.tile])  # after and before the first inner step
 def test_value_gradient_and_hessian_vector_product(
@@ -68,7 +75,8 @@ def test_value_gradient_and_hessian_vector_product(
 
     Seen failing with a sign turned in wide.NormReLUBackward.backward (Hessian alone), with the taps of
     wide._grad_input_by_taps shifted, and with the statistics of all images in first_layer (inductive alone);
-    with shared weights alone: with images and tasks exchanged in wide._by_image, and in wide._widen.
+    with shared weights alone: with images and tasks exchanged in wide._by_image, and in wide._widen;
+    as products alone: with rows and columns exchanged in wide._conv_by_patches.
     """
     net, params = problems.network(**choices)
     batch = problems.image_batch(tasks=3, way=5, shot=1, query=2, size=net.image_size)
@@ -90,6 +98,7 @@ def test_value_gradient_and_hessian_vector_product(
             torch.testing.assert_close(mine[key], theirs[key], rtol=1e-8, atol=1e-9 * float(theirs[key].abs().max()))
 
 
+@pytest.mark.usefixtures("road")
 @pytest.mark.parametrize("images", [4, 12])  # on both sides of the switch between the two ways to a kernel's gradient
 @pytest.mark.parametrize("size", [3, 4, 7, 14])
 @pytest.mark.parametrize("stride", [1, 2])

@@ -22,6 +22,7 @@ from studies.leap_comparison.__main__ import app
 from studies.leap_comparison.schema import Augmentation, Comparison, LeapChoices, OuterRates
 from tests.conftest import ROOT, Edit, Stage
 from tests.problems import network
+from tests.test_training import OnlyMeta
 
 STILL = Augmentation(degrees=0, shift=0, smallest=1, largest=1)
 SMALL = Comparison(
@@ -184,11 +185,11 @@ def test_a_joint_step_is_one_of_everyday_sgd() -> None:
             assert torch.equal(value[r, others], heads_before[name][r, others])
 
 
-def run(method: str, seeds: list[int]) -> Params:
-    net = methods.make_network(SMALL, 16)
+def run(method: str, seeds: list[int], asked: Comparison = SMALL, checkpoint: Path | None = None) -> Params:
+    net = methods.make_network(asked, 16)
     classes = [torch.arange(24).view(8, 3)[seed : seed + 2] for seed in seeds]
     draws, weights = ([generator(seed, purpose) for seed in seeds] for purpose in ("draws", "weights"))
-    return methods.meta_train(method, SMALL, net, drawings(), classes, draws, weights)
+    return methods.meta_train(method, asked, net, drawings(), classes, draws, weights, checkpoint)
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
@@ -204,6 +205,48 @@ def test_seeds_trained_together_are_as_trained_alone(method: str) -> None:
     moved = {name for name in together if not torch.equal(together[name], start[name])}
     kept = {"none": set(together), "finetune": {"head.weight", "head.bias"}}.get(method, set())
     assert moved == set(together) - kept
+
+
+def test_joint_training_never_waits_for_the_host() -> None:
+    """On the `meta` device, where any look at a value raises. Seen failing with a step's row taken as order[done]."""
+    net = methods.make_network(SMALL, 16)
+    params = {name: value.to("meta").expand(2, *value.shape).clone() for name, value in net.init(random()).items()}
+    own = {name: value.unsqueeze(1).repeat(1, 3, *[1] * (value.ndim - 1)) for name, value in tree.part(params, "head.").items()}
+    classes = [torch.empty(3, SMALL.way, dtype=torch.int64, device="meta")] * 2
+    images = drawings().to("meta")
+    joint = methods.Joint(SMALL, Conv4Loss(net), params | own, images, classes, [random(), random(1)])
+    with OnlyMeta():
+        joint.draw()
+        first = joint.drawn
+        joint.sgd()
+        joint.draw()
+        joint.sgd()
+    assert len(first) == 4 and joint.drawn is first  # where a recorded step looks for the images
+
+
+@pytest.mark.parametrize("method", ["leap", "finetune"])
+@pytest.mark.parametrize("killed_after", [1, 3])
+def test_a_stopped_meta_training_ends_as_it_would_have(
+    method: str, killed_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit. Seen failing with a checkpoint at the end alone, and without the heads of joint training in it."""
+    checkpoint, asked = tmp_path / "kept.pt", dataclasses.replace(SMALL, meta_steps=4)
+    whole = run(method, SMALL.seeds, asked)
+    plain, left = tasks.meta_batch, killed_after
+
+    def draw(*arguments: object) -> object:
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        return plain(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(methods, "meta_batch", draw)
+    with pytest.raises(KeyboardInterrupt):
+        run(method, SMALL.seeds, asked, checkpoint)
+    left = 4 - killed_after
+    again = run(method, SMALL.seeds, asked, checkpoint)
+    assert all(torch.equal(again[name], value) for name, value in whole.items()) and not checkpoint.exists()
 
 
 @pytest.mark.parametrize(("method", "remedy"), [("maml", "lower inner_lr or outer_lr.maml"), ("finetune", "lower inner_lr")])

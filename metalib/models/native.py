@@ -12,7 +12,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from metalib import files
 from metalib.models.conv4 import Conv4
 from metalib.types import Params
 
@@ -80,16 +80,13 @@ def build() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metalib"
     target = folder / f"native-{key}.so"
     if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as beside:  # renamed when whole: others see nothing or all of it
-            made = Path(beside) / target.name
+        with files.whole(target) as made:
             for openmp in (["-fopenmp"], []):  # clang may lack OpenMP; one thread then does it all
                 command = [compiler, *FLAGS, *openmp, str(SOURCE), "-o", str(made)]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode == 0:
                     break
             done.check_returncode()
-            made.replace(target)
     return target
 
 

@@ -80,6 +80,8 @@ class Conv(Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, stride: int) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.stride = stride
+        if _as_products(x):
+            return _conv_by_patches(x, w, stride)
         if _shared(w):
             return _widen(F.conv2d(_by_image(x, len(w)), w[0].permute(0, 3, 1, 2), None, stride, 1), len(w))
         return F.conv2d(_channels_first(x), _grouped(w), None, stride, 1, 1, len(w)).permute(0, 2, 3, 1)
@@ -103,6 +105,8 @@ class GradInput(Function):
     def forward(ctx: Any, g: Tensor, w: Tensor, shape: torch.Size, stride: int) -> Tensor:
         ctx.save_for_backward(g, w)
         ctx.stride = stride
+        if _as_products(g):
+            return _grad_input_by_taps(g.contiguous(), w, shape, stride)
         if _shared(w):
             images, height, width, channels = shape
             x = g.new_empty(images * len(w), height, width, channels // len(w)).permute(0, 3, 1, 2)
@@ -143,9 +147,8 @@ class GradKernel(Function):
         ctx.shape, ctx.stride = shape, stride
         x, g = x.contiguous(), g.contiguous()
         tasks, c_out, _, _, c_in = shape
-        if x.shape[1] <= (7 if x.shape[0] <= 5 else 4):
-            rows = _patches(x, tasks, stride)  # (T, B*H'*W', 9*C_in)
-            return torch.bmm(g.view(-1, tasks, c_out).permute(1, 2, 0), rows).view(shape)
+        if _as_products(x) or x.shape[1] <= (7 if x.shape[0] <= 5 else 4):
+            return _grad_kernel_by_patches(x, g, shape, stride)
         w = g.new_empty(tasks * c_out, 3, 3, c_in).permute(0, 3, 1, 2)  # only its shape and strides are read
         return (
             torch.ops.aten.convolution_backward(
@@ -167,9 +170,19 @@ class GradKernel(Function):
         )
 
 
+def _as_products(x: Tensor) -> bool:
+    """Whether every convolution is a bmm over patches or taps: on a GPU, unless it may round to TF32.
+
+    cuDNN's grouped convolutions of exact float32 are loops over the groups, two to ten times slower; those of TF32 are up to
+    six times faster than bmm (benchmarks/results/gpu.md).
+    """
+    return x.is_cuda and torch.backends.cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined]
+
+
 # Before the first inner step all tasks have the same kernels, and a convolution is a dense one over all tasks' images, which
 # runs several times faster than a grouped one, even with the copies there and back. (Not so for several replicas, whose tasks
-# share nothing with those of others: their kernels are copied for each task, and take the grouped convolution.)
+# share nothing with those of others: their kernels are copied for each task, and take the grouped convolution. And not so as
+# products: a bmm reads one matrix for all as it reads many.)
 
 
 def _shared(w: Tensor) -> bool:
@@ -205,8 +218,22 @@ def _patches(x: Tensor, tasks: int, stride: int) -> Tensor:
     return windows.permute(3, 0, 1, 2, 5, 6, 4).reshape(tasks, -1, 9 * (channels // tasks))
 
 
+def _conv_by_patches(x: Tensor, w: Tensor, stride: int) -> Tensor:
+    """Conv as one bmm."""
+    tasks, c_out = w.shape[:2]
+    images, height, width, _ = x.shape
+    y = _product(_patches(x, tasks, stride), w.reshape(tasks, c_out, -1).mT)
+    return y.view(images, -(-height // stride), -(-width // stride), -1)
+
+
+def _grad_kernel_by_patches(x: Tensor, g: Tensor, shape: torch.Size, stride: int) -> Tensor:
+    """GradKernel as one bmm; g is contiguous."""
+    tasks, c_out = shape[:2]
+    return torch.bmm(g.view(-1, tasks, c_out).permute(1, 2, 0), _patches(x, tasks, stride)).view(shape)
+
+
 def _grad_input_by_taps(g: Tensor, w: Tensor, shape: torch.Size, stride: int) -> Tensor:
-    """GradInput on small maps: one bmm for all nine taps, which are then added where they belong."""
+    """GradInput as one bmm for all nine taps, which are then added where they belong; g is contiguous."""
     images, h, v, _ = g.shape
     tasks, c_out, _, _, c_in = w.shape
     taps = torch.bmm(g.view(-1, tasks, c_out).transpose(0, 1), w.reshape(tasks, c_out, 9 * c_in))
@@ -259,9 +286,9 @@ class NormReLUBackward(Function):
         ctx: Any, g: Tensor, x: Tensor, gamma: Tensor, xhat: Tensor, y: Tensor, r: Tensor, s: int
     ) -> tuple[Tensor, ...]:
         h = torch.ops.aten.threshold_backward(g, y, 0)
-        a, b = h.sum(0), (h * xhat).sum(0)
-        gx = h * (gamma * r)
-        gx[:s].addcmul_(xhat[:s], gamma * r * b, value=-1 / s).sub_(gamma * r * a / s)
+        a, b, k = h.sum(0), (h * xhat).sum(0), gamma * r
+        gx = h * k
+        gx[:s].addcmul_(xhat[:s], k * b, value=-1 / s).sub_(k * a, alpha=1 / s)
         ctx.save_for_backward(h, gamma, xhat, y, r, a, b)
         ctx.s = s
         return gx, b, a
@@ -274,12 +301,14 @@ class NormReLUBackward(Function):
         s, k = ctx.s, gamma * r
         ub = u[:s].mean(0)
         p = (u[:s] * xhat[:s]).mean(0)
-        q = (u * h).sum(0) - ub * a - p * b
-        f = v - k * p
-        sum_t, sum_t_xhat = f * a - k * b * ub, f * b - k * b * p
+        # addcmul: each is one launch on a GPU, where vectors of c numbers cost as much as all of x
+        q = (u * h).sum(0).addcmul_(ub, a, value=-1).addcmul_(p, b, value=-1)
+        f, kb = torch.addcmul(v, k, p, value=-1), k * b
+        sum_t = (f * a).addcmul_(kb, ub, value=-1)
+        rest = (f * b).addcmul_(kb, p, value=-1).addcmul_(k, q)  # sum t xhat + gamma r q
         dx = h * (r * f)
-        dx[:s].addcmul_(u[:s], -r * k * b / s).addcmul_(xhat[:s], -r * (sum_t_xhat + k * q) / s).sub_(r * sum_t / s)
-        dg = torch.addcmul(w - k * ub, u, k).addcmul_(xhat, f)
+        dx[:s].addcmul_(u[:s], r * kb, value=-1 / s).addcmul_(xhat[:s], r * rest, value=-1 / s).sub_(r * sum_t, alpha=1 / s)
+        dg = torch.addcmul(torch.addcmul(w, k, ub, value=-1), u, k).addcmul_(xhat, f)
         return torch.ops.aten.threshold_backward(dg, y, 0), dx, r * q, None, None, None, None
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
@@ -10,7 +9,7 @@ from stages import palette
 from studies.compute_memory.jobs import Point
 
 
-def draw(points: Sequence[Point], device: torch.device) -> Figure:
+def draw(points: Sequence[Point], device: str) -> Figure:
     """Both scales are logarithmic and shared by the engines, so that their columns can be compared."""
     engines = list(dict.fromkeys(point.engine for point in points))
     names = list(dict.fromkeys(point.method for point in points))
@@ -23,7 +22,7 @@ def draw(points: Sequence[Point], device: torch.device) -> Figure:
             steps = [point.steps for point in line]
             memory.plot(steps, [point.mb for point in line], label=name, markersize=5, **looks[name])
             duration.plot(steps, [point.seconds for point in line], markersize=5, **looks[name])
-        place = f"engine {engine}" if device.type == "cpu" else device.type
+        place = f"engine {engine}" if device == "cpu" else device
         memory.set(title=f"peak memory, {place}", xscale="log", yscale="log")
         duration.set(title=f"time, {place}", yscale="log", xlabel="inner steps (Hessian-free: Newton directions)")
     axes[0, 0].set(ylabel="MB")

@@ -1,6 +1,7 @@
 """The meta-gradients that are measured, each in a process of its own."""
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,8 +17,9 @@ from metalib.models import loss
 from metalib.models.conv4 import Conv4
 from metalib.randomness import generator
 from metalib.types import TaskBatch
-from stages.command import prepared
+from stages.command import console, prepared
 from studies.compute_memory.schema import Values
+from studies.computing import Study
 
 MB = 1e6
 
@@ -73,31 +75,41 @@ def methods(values: Values) -> dict[str, Method]:
     }
 
 
-def points(values: Values, network: dict[str, Any], task: Sequence[torch.Tensor], device: torch.device) -> Iterator[Point]:
-    """Every method with every number of steps, on every engine that serves; yields each point when it is measured.
+def points(values: Values, network: dict[str, Any], task: Sequence[torch.Tensor], study: Study) -> Iterator[Point]:
+    """Every method with every number of steps, on every engine that serves, each a part of the study.
 
     Args:
         network: of Conv4, with way and image_size.   task: support x, y, query x, y, each (1, ...).
     Raises: ValueError when a process runs out of memory.
     """
     arrays = [part.numpy() for part in task]
-    engines = ["wide", "native"] if loss.engine(Conv4(**network), device) == "native" else ["wide"]
+    engines = ["wide", "native"] if loss.engine(Conv4(**network), study.device) == "native" else ["wide"]
     for engine in engines:
         for name, method in methods(values).items():
             for steps in sorted(method.steps):
                 job = Job(
-                    method.learner, method.hyper | {"inner_steps": steps}, network, arrays, engine, str(device),
+                    method.learner, method.hyper | {"inner_steps": steps}, network, arrays, engine, str(study.device),
                     torch.get_num_threads(), values.seed, values.repeats,
                 )  # fmt: skip
-                found = in_fresh_process(job, f"{name} with {steps} inner steps, engine {engine}")
-                yield Point(engine, name, steps, found.bytes / MB, found.seconds)
+                what = f"{name} with {steps} inner steps, engine {engine}"
+                mb, seconds = study.part(what, lambda _, job=job, what=what: measured(job, what))  # type: ignore[misc]
+                yield Point(engine, name, steps, mb, seconds)
+
+
+def measured(job: Job, what: str) -> tuple[float, float]:
+    """MB and seconds of a job."""
+    found = in_fresh_process(job, what)
+    mb = found.bytes / MB
+    console.print(f"{what}: {mb:.1f} MB, {found.seconds:.3f} s", highlight=False)
+    return mb, found.seconds
 
 
 def in_fresh_process(job: Job, what: str) -> meters.Cost:
     """`measure` in a process that has computed nothing yet. It is forked from a server that has loaded the libraries once."""
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    quietly = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    with ProcessPoolExecutor(1, mp_context=context, initializer=signal.signal, initargs=quietly) as pool:
         try:
             return pool.submit(measure, job).result()
         except (BrokenProcessPool, torch.OutOfMemoryError):

@@ -1,14 +1,12 @@
 """Run the study: python -m studies.leap_comparison."""
 
-import time
-
 import typer
 
-from metalib.data.omniglot import DRAWERS
+from metalib.models.loss import engine
 from stages import files, params
 from stages.command import one_sentence, prepared
-from studies import room
-from studies.leap_comparison import figure, summary
+from studies import computing
+from studies.leap_comparison import methods, summary
 from studies.leap_comparison.curves import compare
 from studies.leap_comparison.schema import Comparison
 
@@ -20,33 +18,20 @@ app = typer.Typer(add_completion=False)
 @one_sentence
 def main() -> None:
     """Compare Leap with its rivals on whole alphabets. METALIB_DEVICE chooses the device."""
-    began = time.monotonic()
     file = params.read()
     asked = params.study(file, NAME, Comparison)
     data = files.load_characters()
     device = prepared()
-    curves = compare(asked, data, device)
-    areas = summary.areas(asked, curves)
-    training_batches, held_out_images = summary.training_batches(curves), summary.held_out_images(asked, curves)
-    section, most = file.studies[NAME], asked.alphabets[-1]
-    room.write(
-        NAME,
-        figure=figure.draw(asked, areas, training_batches, held_out_images),
-        page=room.render(
-            NAME,
-            asked=asked,
-            published=section.common | section.paper,
-            budget=section.budget,
+    network = methods.make_network(asked, data.images.shape[-1])
+    with computing.study(NAME, asked, device, engine(network, device), inputs=[files.CHARACTERS]) as study:
+        curves = compare(asked, data, study)
+        study.write(
+            budget=file.studies[NAME].budget,
             data=f"{data.source}, {data.drawn}",
-            trained_images=DRAWERS - asked.held_out_images,
-            rank=lambda key: [(summary.TITLES[method], mean) for method, mean in summary.ranked(areas, most, key)],
-            numbers=lambda key, unit=1: summary.table(areas, asked.alphabets, key, unit),
-        ),
-        data={"areas": areas, "training_batches": training_batches, "held_out_images": held_out_images},
-        metrics=summary.metrics(areas, most),
-        device=device,
-        began=began,
-    )
+            areas=summary.areas(asked, curves),
+            training_batches=summary.training_batches(curves),
+            held_out_images=summary.held_out_images(asked, curves),
+        )
 
 
 if __name__ == "__main__":

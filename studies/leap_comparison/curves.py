@@ -1,6 +1,7 @@
 """Learning curves of the test alphabets, and the area under them."""
 
 import time
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalib import inner, tree
+from metalib.checkpoint import Checkpoint
 from metalib.data.omniglot import Characters
 from metalib.models import wide
 from metalib.models.conv4 import Conv4
@@ -15,6 +17,7 @@ from metalib.models.loss import Conv4Loss
 from metalib.randomness import generator
 from metalib.types import Params, TaskBatch
 from stages.command import console
+from studies.computing import Study
 from studies.leap_comparison import methods, tasks
 from studies.leap_comparison.schema import Comparison
 
@@ -28,8 +31,9 @@ class Curves(NamedTuple):
     held_out_error: Tensor
 
 
-def compare(asked: Comparison, data: Characters, device: torch.device) -> dict[tuple[str, int], Curves]:
+def compare(asked: Comparison, data: Characters, study: Study) -> dict[tuple[str, int], Curves]:
     """The test alphabets' learning curves, on the CPU, of every method after meta-training on every number of alphabets."""
+    device = study.device
     images = torch.from_numpy(data.images).to(device)
     network = methods.make_network(asked, images.shape[-1])
     purpose = "leap_comparison"
@@ -39,25 +43,30 @@ def compare(asked: Comparison, data: Characters, device: torch.device) -> dict[t
         return [generator(seed, purpose, *purposes, device=device) for seed in asked.seeds]
 
     test = tasks.test_tasks(images, [rows[: asked.test_alphabets] for rows in order], asked, generators("test draws"))
+
+    def curves(method: str, n: int, checkpoint: Checkpoint) -> tuple[Tensor, ...]:
+        began = time.monotonic()
+        training = [rows[asked.test_alphabets : asked.test_alphabets + n] for rows in order]
+        weights = methods.meta_train(
+            method, asked, network, images, training, generators("meta-training", n), generators("initial weights"), checkpoint
+        )
+        trained = time.monotonic() - began
+        found = Curves(*(part.cpu() for part in learn(asked, network, weights, test)))
+        console.print(
+            f"{method}, {n} meta-training alphabet(s): error on held-out images "
+            f"{100 * found.held_out_error[-1].mean():.1f} %; "
+            f"meta-training {trained:.0f} s, test {time.monotonic() - began - trained:.0f} s",
+            highlight=False,
+        )
+        return tuple(found)
+
     found = dict[tuple[str, int], Curves]()
     for n in asked.alphabets:
-        training = [rows[asked.test_alphabets : asked.test_alphabets + n] for rows in order]
         for method in methods.METHODS:
             if method == "none" and n != asked.alphabets[0]:  # it learns nothing from them
                 found[method, n] = found[method, asked.alphabets[0]]
-                continue
-            began = time.monotonic()
-            weights = methods.meta_train(
-                method, asked, network, images, training, generators("meta-training", n), generators("initial weights")
-            )
-            trained = time.monotonic() - began
-            found[method, n] = Curves(*(part.cpu() for part in learn(asked, network, weights, test)))
-            console.print(
-                f"{method}, {n} meta-training alphabet(s): error on held-out images "
-                f"{100 * found[method, n].held_out_error[-1].mean():.1f} %; "
-                f"meta-training {trained:.0f} s, test {time.monotonic() - began - trained:.0f} s",
-                highlight=False,
-            )
+            else:
+                found[method, n] = Curves(*study.part(f"{method}-{n}", partial(curves, method, n)))
     return found
 
 

@@ -1,14 +1,14 @@
 """Run the study: python -m studies.protocols."""
 
-import time
+from pathlib import Path
 
 import torch
 import typer
 
-from stages import files, params
+from metalib.models.loss import engine
+from stages import files, meta_train, params
 from stages.command import one_sentence, prepared
-from studies import room
-from studies.protocols import figure, shifts
+from studies import computing
 from studies.protocols.accuracies import accuracies, shortened, task_file
 from studies.protocols.schema import SETTING, Protocols
 
@@ -20,38 +20,29 @@ app = typer.Typer(add_completion=False)
 @one_sentence
 def main() -> None:
     """Measure how each choice that papers leave unsaid moves accuracies. METALIB_DEVICE chooses the device."""
-    began = time.monotonic()
     file = params.read()
     asked = params.study(file, NAME, Protocols)
+    shape = params.setting(file, SETTING)
     cells = {name: shortened(cell, asked) for name, cell in files.load_protocol_cells().items()}
     if list(cells) != asked.learners:
         raise ValueError(f"data/cells/protocols.json holds {', '.join(cells)}, not studies.protocols.learners; dvc repro cells")
     data = files.load_characters()
     stored = {scheme: task_file(file, data, scheme, asked) for scheme in asked.schemes}
     device = prepared()
-    found = accuracies(asked, cells, stored, torch.from_numpy(data.images).to(device))
-    rows, ranked = shifts.shifts(asked, found), shifts.rankings(found)
-    room.write(
-        NAME,
-        figure=figure.draw(rows),
-        page=room.render(
-            NAME,
-            asked=asked,
+    engines = [
+        engine(params.make_network(cell, way=shape.way, image_size=data.images.shape[-1]), device) for cell in cells.values()
+    ]
+    facts = [[cell.model_dump(mode="json") for cell in cells.values()], engines, vars(file.split), vars(file.tasks)]
+    inputs = [files.CHARACTERS, Path(meta_train.__file__)]
+    with computing.study(NAME, asked, device, *facts, inputs=inputs) as study:
+        found = accuracies(asked, cells, stored, torch.from_numpy(data.images).to(device), study)
+        study.write(
             budget=file.studies[NAME].budget,
-            shape=params.setting(file, SETTING),
-            accuracies=shifts.accuracy_table(rows),
-            orders=shifts.order_table(ranked),
-            departures=len(ranked) - 1,
-            certain=[name for name, r in ranked.items() if r.decided],
-            swapped=[name for name, r in ranked.items() if r.swapped],
+            shape=vars(shape),
             meta_steps={name: cell.outer.meta_steps for name, cell in cells.items()},
-            characters={scheme: len(file.train) for scheme, file in stored.items()},
-        ),
-        data={"shifts": rows},
-        metrics=shifts.metrics(rows, ranked),
-        device=device,
-        began=began,
-    )
+            characters={scheme: len(tasks.train) for scheme, tasks in stored.items()},
+            accuracies={name: {learner: values.tolist() for learner, values in row.items()} for name, row in found.items()},
+        )
 
 
 if __name__ == "__main__":

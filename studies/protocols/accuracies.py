@@ -3,12 +3,14 @@
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from metalib import algorithms, evaluation, training
+from metalib.checkpoint import Checkpoint
 from metalib.data import splits
 from metalib.data.omniglot import Characters
 from metalib.data.tasks import Protocol, Tasks, draw
@@ -16,7 +18,8 @@ from metalib.randomness import generator
 from metalib.types import Params
 from stages import files, meta_train, params
 from stages.command import console
-from studies.protocols.choices import Choice, choices
+from studies.computing import Study
+from studies.protocols.choices import Choice, Statistics, choices
 from studies.protocols.schema import SETTING, Protocols, Scheme
 
 
@@ -68,31 +71,42 @@ def accuracies(
     cells: Mapping[str, params.Cell],
     stored: Mapping[Scheme, files.TaskFile],
     characters: Tensor,
+    study: Study,
 ) -> dict[str, dict[str, Tensor]]:
     """By choice and learner, the accuracy on each test task, (tasks,), mean over seeds.
+
+    A training, with its tests under all choices that it serves, is a part of the study.
 
     Args:
         stored: the task file of each split.
         characters: (N, drawers, H, W) uint8, on the device to compute on.
     """
+    served: dict[tuple[Scheme, Statistics], list[Choice]] = {}
+    for choice in choices(asked):
+        served.setdefault((choice.scheme, choice.trained), []).append(choice)
+
+    def measured(name: str, scheme: Scheme, trained: Statistics, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        began = time.monotonic()
+        models = train(cells[name], trained, stored[scheme], characters.device, checkpoint)
+        console.print(f"{name}, split {scheme}, trained with {trained} statistics: {time.monotonic() - began:.0f} s")
+        return {
+            choice.name: test(cells[name], choice, stored[scheme], characters, models) for choice in served[scheme, trained]
+        }
+
     found: dict[str, dict[str, Tensor]] = {choice.name: {} for choice in choices(asked)}
-    for name, cell in cells.items():
-        models: dict[tuple[str, str], list[Params]] = {}
-        for choice in choices(asked):
-            key = (choice.scheme, choice.trained)
-            if key not in models:
-                began = time.monotonic()
-                models[key] = train(cell, choice, stored[choice.scheme], characters.device)
-                console.print(
-                    f"{name}, split {choice.scheme}, trained with {choice.trained} statistics: {time.monotonic() - began:.0f} s"
-                )
-            found[choice.name][name] = test(cell, choice, stored[choice.scheme], characters, models[key])
+    for name in cells:
+        for scheme, trained in served:
+            part = study.part(f"{name}-{scheme}-{trained}", partial(measured, name, scheme, trained))
+            for choice, values in part.items():
+                found[choice][name] = values
     return found
 
 
-def train(cell: params.Cell, choice: Choice, stored: files.TaskFile, device: torch.device) -> list[Params]:
+def train(
+    cell: params.Cell, statistics: Statistics, stored: files.TaskFile, device: torch.device, checkpoint: Checkpoint
+) -> list[Params]:
     """The meta-parameters of each seed; the meta-step is chosen on the validation tasks."""
-    *_, result = meta_train.train(cell.model_copy(update={"statistics": choice.trained}), stored, device)
+    *_, result = meta_train.train(cell.model_copy(update={"statistics": statistics}), stored, device, checkpoint)
     assert isinstance(result, training.Result)
     return result.params
 

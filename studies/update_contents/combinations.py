@@ -4,19 +4,22 @@ An inner loop of k steps of SGD, each on new images, yields the gradients g_1, .
 last one FOMAML's, and g_1 alone is joint training; the outer step may go along any combination of them.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from metalib import algorithms, evaluation, inner, training, tree
+from metalib.checkpoint import Checkpoint
 from metalib.data import tasks
 from metalib.models.conv4 import Conv4
 from metalib.models.loss import Conv4Loss
 from metalib.randomness import generator
 from metalib.types import MetaGradient, Params, TaskBatch, TaskLoss, Watch
+from stages.command import console
+from studies.computing import Study
 from studies.update_contents import schema
 
 COMBINATIONS = {
@@ -79,11 +82,12 @@ def learning_curves(
     pool: Tensor,
     validation: tasks.Tasks,
     shot: int,
-) -> Iterator[Measured]:
-    """Train each combination from the same weights on the same tasks; yields accuracies as they are found.
+    study: Study,
+) -> list[Measured]:
+    """Train each combination from the same weights on the same tasks, and test it every so often.
 
-    Combinations of as many gradients are replicas of one training. A task for k gradients holds that for k - 1, and more
-    images.
+    Combinations of as many gradients are replicas of one training, a part of the study. A task for k gradients holds that for
+    k - 1, and more images.
 
     Args:
         characters: (N, drawers, H, W) uint8.   pool: (n,) those to train on, each in four rotations.
@@ -101,21 +105,35 @@ def learning_curves(
         accuracy = evaluation.evaluate(tester, network, weights, characters, validation, shot, every_step=False)
         return float(accuracy.inductive[-1].mean())
 
-    for k in sorted({len(weights) for weights in COMBINATIONS.values()}):
+    def curves(k: int, checkpoint: Checkpoint) -> list[tuple[str, int, float]]:
         names = [name for name, weights in COMBINATIONS.items() if len(weights) == k]
 
-        def sample(randoms: list[torch.Generator], count: int, k: int = k, replicas: int = len(names)) -> TaskBatch:
+        def sample(randoms: list[torch.Generator], count: int) -> TaskBatch:
             drawn = tasks.draw(
                 count, pool, way=network.way, images=k * values.shot, drawers=characters.shape[1],
                 rotations="classes", generator=randoms[0],
             )  # fmt: skip
             batch = tasks.gather(characters, drawn, k * values.shot)
-            return TaskBatch(*(part.repeat(replicas, *[1] * (part.ndim - 1)) for part in batch[:4]))
+            return TaskBatch(*(part.repeat(len(names), *[1] * (part.ndim - 1)) for part in batch[:4]))
 
         weights = torch.tensor([COMBINATIONS[name] for name in names], device=pool.device)
         learner = Combination(weights, values.inner_lr, network.way * values.shot)
         starts = [params] * len(names)
         random = generator(seed, "update_contents", "tasks", device=pool.device)
-        for now in training.train(learner, Conv4Loss(network), starts, sample, score, outer, generators=[random]):
-            if isinstance(now, training.Progress) and now.validation is not None:
-                yield from (Measured(n, now.step, a) for n, a in zip(names, now.validation, strict=True))
+        for now in training.train(
+            learner, Conv4Loss(network), starts, sample, score, outer, generators=[random], checkpoint=checkpoint
+        ):
+            if isinstance(now, training.Result):
+                return [
+                    (name, row.step, accuracy)
+                    for row in now.history
+                    if row.validation is not None
+                    for name, accuracy in zip(names, row.validation, strict=True)
+                ]
+            if now.validation is not None:
+                for name, accuracy in zip(names, now.validation, strict=True):
+                    console.print(f"{name}: meta-step {now.step}, {100 * accuracy:.2f} %", highlight=False)
+        raise AssertionError("a training ends with its result")
+
+    counts = sorted({len(weights) for weights in COMBINATIONS.values()})
+    return [Measured(*point) for k in counts for point in study.part(f"{k}-gradients", partial(curves, k))]
