@@ -54,7 +54,7 @@ class Trials:
         try:
             yield
         except AssertionError as error:
-            self.lost.append(f"{str(error).splitlines()[0]} ({what})")
+            self.lost.append(f"{str(error)[:300]} ({what[-300:]})")
 
 
 class Table:

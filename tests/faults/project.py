@@ -12,6 +12,7 @@ import torch._dynamo  # noqa: F401  # torch's optimisers import it, for seconds,
 from ruamel.yaml import YAML
 
 from stages import cells, compare, evaluate, fetch, leaderboard, meta_train, preprocess, split
+from studies import page
 from studies.leap_comparison import __main__ as leap_comparison
 from tests.conftest import ROOT, change, copy_project, shrink
 from tests.faults.process import Ended, Process
@@ -27,6 +28,7 @@ STAGES: dict[str, Callable[..., object]] = {
     "compare": functools.partial(compare.app, ["5w1s"]),
     "leaderboard": functools.partial(leaderboard.app, []),
     "leap_comparison": functools.partial(leap_comparison.app, []),
+    "page": functools.partial(page.app, ["leap_comparison"]),
 }
 RIVAL = {  # another learner, so that there is something to compare
     "meta_train": functools.partial(meta_train.app, ["fomaml", "5w1s"]),
@@ -95,7 +97,7 @@ class Project:
             assert part(found, output) in states, f"half-written: {output}"
         checkpoints = self.checkpoints()
         ended = self.run(STAGES[stage])
-        assert not checkpoints or "goes on from meta-step" in ended.said, f"started afresh beside {checkpoints}"
+        assert not checkpoints or "goes on" in ended.said, f"started afresh beside {checkpoints}"
         expected = {name: content for name, content in before.items() if not belongs(name, outputs(stage))}
         for output in outputs(stage):
             expected |= part(self.new, output)
@@ -104,7 +106,7 @@ class Project:
         assert not (other := [name for name in found if found[name] != expected[name]]), f"another content: {other}"
 
     def checkpoints(self) -> list[str]:
-        return [path.name for path in (self.folder / ".checkpoints").glob("*.pt")]
+        return [path.name for path in (self.folder / ".checkpoints").rglob("*.pt") if not path.parent.name.endswith(".part")]
 
     def model(self) -> Tree:
         return part(tree(self.folder), "models/5w1s/maml")
@@ -147,7 +149,9 @@ def outputs(stage: str) -> list[str]:
     section = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"][stage]
     found = [output for kind in ("outs", "metrics", "plots") for output in section.get(kind, [])]
     names = [output if isinstance(output, str) else next(iter(output)) for output in found]
-    return [name.replace("${item.setting}", "5w1s").replace("${item.algorithm}", "maml") for name in names]
+    for key, value in {"setting": "5w1s", "algorithm": "maml", "study": "leap_comparison"}.items():
+        names = [name.replace(f"${{item.{key}}}", value) for name in names]
+    return names
 
 
 def belongs(name: str, outputs: list[str]) -> bool:

@@ -128,6 +128,7 @@ def nothing_lost(base: Path, folder: Path, how: Callable[[Dvc], psutil.Process |
     again.wait()
     if orphan:
         orphan.wait(PATIENCE)
+        assert "waiting" in again.said, f"two at once: {again.said}"
     assert again.process.returncode == 0, f"failed: {again.said}"
     assert model(folder) == expected, "another model"
     left = [path.name for path in folder.rglob("*") if path.name.endswith((".part", ".wanted"))]
