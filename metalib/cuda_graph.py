@@ -10,16 +10,15 @@ def captured(step: Callable[[], None], generators: list[torch.Generator], plain_
     """`step` as a CUDA graph: recorded once, then launched as a whole, because its kernels are shorter than their launches.
 
     The first calls are plain ones, on a stream of their own, as recording wants it (pytorch.org/docs, "CUDA semantics"); they
-    make the optimisers' state and choose the convolutions' algorithms. Where a step cannot be recorded, a warning says why, and
-    plain calls go on.
+    choose the convolutions' algorithms, and make what is kept from step to step. Where a step cannot be recorded, a warning
+    says why, and plain calls go on.
     """
     stream, calls = torch.cuda.Stream(), 0
     replay: Callable[[], None] | None = None
 
     def plain() -> None:
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*capturable=True")  # Adam's, of steps outside of a graph
+        with torch.cuda.stream(stream):
             step()
         torch.cuda.current_stream().wait_stream(stream)
 

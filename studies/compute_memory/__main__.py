@@ -37,7 +37,7 @@ def main() -> None:
     checked(Conv4, network, f"studies.{NAME}.{budget}.network")
     drawn = tasks.draw(
         1, torch.arange(len(images)), way=values.way, images=values.shot + values.query, drawers=images.shape[1],
-        rotations="none", generator=generator(values.seed, NAME),
+        rotations="none", generators=[generator(values.seed, NAME)],
     )  # fmt: skip
     points = list[jobs.Point]()
     for point in jobs.points(values, network, tasks.gather(images, drawn, values.shot)[:4], device):

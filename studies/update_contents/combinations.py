@@ -107,7 +107,7 @@ def learning_curves(
         def sample(randoms: list[torch.Generator], count: int, k: int = k, replicas: int = len(names)) -> TaskBatch:
             drawn = tasks.draw(
                 count, pool, way=network.way, images=k * values.shot, drawers=characters.shape[1],
-                rotations="classes", generator=randoms[0],
+                rotations="classes", generators=randoms,
             )  # fmt: skip
             batch = tasks.gather(characters, drawn, k * values.shot)
             return TaskBatch(*(part.repeat(replicas, *[1] * (part.ndim - 1)) for part in batch[:4]))
