@@ -103,20 +103,11 @@ def train(cell: params.Cell, stored: files.TaskFile, device: torch.device, check
     pool = stored.train.to(device)
 
     def sample(randoms: list[torch.Generator], count: int) -> TaskBatch:
-        drawn = [
-            tasks.draw(
-                count,
-                pool,
-                way=way,
-                images=cell.train_shot + cell.train_query,
-                drawers=characters.shape[1],
-                rotations=cell.rotations,
-                generator=random,
-            )
-            for random in randoms
-        ]
-        joined = tasks.Tasks(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
-        batch = tasks.gather(characters, joined, cell.train_shot)
+        drawn = tasks.draw(
+            count, pool, way=way, images=cell.train_shot + cell.train_query, drawers=characters.shape[1],
+            rotations=cell.rotations, generators=randoms,
+        )  # fmt: skip
+        batch = tasks.gather(characters, drawn, cell.train_shot)
         return tasks.with_support(batch) if cell.statistics == "inductive" else batch
 
     def score(weights: Params) -> float:

@@ -36,7 +36,7 @@ def main(setting: Annotated[str, typer.Argument(help="for instance 5w1s")]) -> N
                 images=shape.shot + shape.query,
                 drawers=DRAWERS,
                 rotations=file.tasks.rotations,
-                generator=generator(file.tasks.seed, part, setting),
+                generators=[generator(file.tasks.seed, part, setting)],
             )
         except ValueError as error:
             raise ValueError(f"setting {setting}, {part} characters of split.scheme {file.split.scheme}: {error}") from None

@@ -30,7 +30,8 @@ LIBRARY = {  # a module of metalib may import those on its right, and its own pa
     "models": {"files", "types"},
     "data": {"types", "randomness"},
     "algorithms": {"complaints", "inner", "numerics", "tree", "types"},
-    "training": {"checkpoint", "cuda_graph", "tree", "types"},
+    "optimisers": {"tree", "types"},
+    "training": {"checkpoint", "cuda_graph", "optimisers", "tree", "types"},
     "evaluation": {"types", "data", "models"},
 }
 ABOVE = {  # and a package those on its right

@@ -35,7 +35,7 @@ def main() -> None:
     checked(Conv4, network, f"studies.{NAME}.{budget}.network")
     drawn = tasks.draw(
         1, torch.arange(len(images)), way=values.way, images=values.shot + values.query, drawers=images.shape[1],
-        rotations="none", generator=generator(values.seed, NAME),
+        rotations="none", generators=[generator(values.seed, NAME)],
     )  # fmt: skip
     task = tasks.gather(images, drawn, values.shot)[:4]
     with computing.study(NAME, values, device, device_name(device), inputs=[files.CHARACTERS]) as study:

@@ -46,7 +46,7 @@ def task_file(file: params.File, data: Characters, scheme: Scheme, asked: Protoc
             images=shape.shot + query,
             drawers=data.images.shape[1],
             rotations=rotations,
-            generator=generator(file.tasks.seed, part, SETTING),
+            generators=[generator(file.tasks.seed, part, SETTING)],
         )
 
     most = max(asked.queries)
