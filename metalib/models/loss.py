@@ -35,6 +35,8 @@ class Conv4Loss:
         return self.head(params, self.body(params, x), y)
 
     def body(self, params: Params, x: Tensor) -> Tensor:
+        if _native(self.network, params, x):
+            return native.features(self.network, params, x, self.support)
         return wide.body(self.network, params, x, self.support)
 
     def head(self, params: Params, features: Tensor, y: Tensor) -> Tensor:
@@ -48,10 +50,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def engine(network: Conv4, device: torch.device) -> str:
-    """Which engine computes whole task losses in float32 on this device: native or wide.
-
-    A learner that takes body and head apart (finetune's joint training, ANIL's inner loop) has them from wide in any case.
-    """
+    """Which engine computes task losses in float32 on this device: native or wide."""
     size = network.image_size
     weights = network.init(torch.Generator(device))
     return "native" if _native(network, weights, torch.zeros(1, 1, 1, size, size, device=device)) else "wide"
