@@ -87,7 +87,7 @@ def test_with_a_head_of_zero_one_step_of_maml_is_anil(steps: int, zero: bool, sa
     and the body's meta-gradient are ANIL's. Not so after a second step, nor for a head that has been learned; and the
     head's own meta-gradient is another, since it knows that a head that is not zero would let the body move.
 
-    Seen failing with the body's part left out of MAML's inner step in the two cases that differ.
+    Seen failing with the body left out of the inner step.
     """
     params, batch = problems.smooth_problem()
     if zero:

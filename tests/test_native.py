@@ -109,7 +109,8 @@ def test_the_body_and_its_gradient(
     """For three tasks with weights of their own, and with the same ones.
 
     Seen failing with `spread` left out (mean alone), with the statistics of all images in norm_relu_backward (inductive
-    alone), with one number too few in `room`, and with xhat not kept.
+    alone), with xhat not kept, with the first task's weights for all (different ones alone), and with one layer's r too few
+    in `room` (a crash).
     """
     net, params = problems.network(**choices)  # type: ignore[arg-type]
     weights, (x, _) = weights_of(params, 3), images(net, count)
@@ -166,7 +167,8 @@ def test_every_learner_has_the_same_meta_gradient(engine: Engine, case: str) -> 
 @pytest.mark.parametrize("statistics", ["transductive", "inductive"])
 @pytest.mark.parametrize("learner", ["anil", "finetune"])
 def test_halves_give_the_same_meta_gradient_to_replicas(engine: Engine, learner: str, statistics: str) -> None:
-    """Two, of two tasks each. Seen failing with the first replica's weights for both, and with all images' statistics."""
+    """Two, of two tasks each. Seen failing with the first replica's weights for both, and with the statistics of all images
+    (joint training alone: ANIL's body goes alone for the support set, which has no others)."""
     net, params = problems.network()
     batch = problems.image_batch(tasks=4, way=5, shot=1, query=2)
     loss = Conv4Loss(net)

@@ -32,9 +32,10 @@ class Conv4Loss:
     def __call__(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
         if _native(self.network, params, x):
             return native.loss(self.network, params, x, y, self.support)
-        return self.head(params, self.body(params, x), y)
+        return self.head(params, wide.body(self.network, params, x, self.support), y)
 
     def body(self, params: Params, x: Tensor) -> Tensor:
+        """Features (T, B, F); a second derivative needs METALIB_ENGINE=wide."""
         if _native(self.network, params, x):
             return native.features(self.network, params, x, self.support)
         return wide.body(self.network, params, x, self.support)

@@ -172,13 +172,13 @@ class Images:
     ) -> list[Tensor | None]:
         """Fill what is empty of `arrays`, which have names of Problem's, and return what is wanted."""
         tasks, images, _, size, _ = self.x.shape
-        room = 0 if (kept := arrays.get("kept")) is None else kept.shape[1]
         results = [w.new_empty(w.shape) if want else None for w, want in zip(weights, wanted, strict=True)]
         weights = tuple(_by_task(w) for w in weights)
-        arrays = {name: value.contiguous() for name, value in arrays.items() if value is not None}
+        given = {name: value.contiguous() for name, value in arrays.items() if value is not None}
+        room = given["kept"].shape[1] if "kept" in given else 0
         problem = Problem(
             tasks, images, size, len(weights[-1][0]), self.known, self.skip, self.mean, torch.get_num_threads(),
-            self.x.data_ptr(), room=room, **{name: value.data_ptr() for name, value in arrays.items()},
+            self.x.data_ptr(), room=room, **{name: value.data_ptr() for name, value in given.items()},
         )  # fmt: skip
         count = len(weights)  # without the head, the body's alone
         problem.weight[:count] = [w.data_ptr() for w in weights]
