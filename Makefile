@@ -10,6 +10,7 @@ export PATH := $(BIN):$(PATH)
 
 # The stages of 5-way 1-shot in the order of params.yaml's algorithms, each learner tested right after its training.
 # DVC's own order varies; with --single-item it runs exactly these stages in this order.
+# Without --wait-for-lock it would not record a stage at whose end another command has DVC's lock for over 3 seconds.
 STAGES = fetch preprocess cells split@5w1s \
     $$(dvc stage list --name-only | sed -n 's/^evaluate@\(.*-5w1s\)$$/meta_train@\1 evaluate@\1/p') compare@5w1s
 STOPPED = trap 'printf "\nStopped; what is finished is kept. To go on: make $@\n"; exit 130' INT
@@ -24,7 +25,7 @@ run: setup
 	exec 3>&1; said=$$(dvc repro fetch 2>&1 >&3); failed=$$?; \
 	[ -z "$$said" ] || echo "$$said" >&2; \
 	if [ $$failed = 0 ]; then \
-	    dvc repro --single-item $(STAGES) && python -m rich.markdown --width 110 reports/5w1s.md; \
+	    dvc --wait-for-lock repro --single-item $(STAGES) && python -m rich.markdown --width 110 reports/5w1s.md; \
 	elif [[ "$$said" != *'stages.fetch, exited with 3'* ]]; then \
 	    exit 1; \
 	else \
@@ -42,7 +43,7 @@ glyphs: setup
 	    exit 1; \
 	fi
 	@$(STOPPED); \
-	dvc exp run --temp --force --name glyphs -S data.source=glyphs --single-item $(STAGES) && \
+	dvc --wait-for-lock exp run --temp --force --name glyphs -S data.source=glyphs --single-item $(STAGES) && \
 	experiment=$$(git for-each-ref --format='%(objectname)' --sort=-creatordate 'refs/exps/**/glyphs' | head -n 1) && \
 	git show "$$experiment:reports/5w1s.md" | python -m rich.markdown --width 110 -
 

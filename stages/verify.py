@@ -33,7 +33,7 @@ def main() -> None:
     lock = YAML(typ="safe").load(LOCK)["stages"]
     present = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "--exclude-from=.dvcignore", *FOLDERS)
     found = [
-        *changed(lock, json.loads(run(sys.executable, "-m", "dvc", "status", "--json"))),
+        *changed(lock, json.loads(run(sys.executable, "-m", "dvc", "--wait-for-lock", "status", "--json"))),
         *unmade(lock, present.splitlines()),
         *misquoted(README.read_text(), TABLE.read_text()),
     ]

@@ -14,10 +14,29 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 Make = Callable[..., tuple[int, str]]
-PIPELINE = "stages:\n  fetch:\n    cmd: python -m stages.fetch\n"
+PIPELINE = """
+stages:
+  fetch: {cmd: python -m stages.fetch}
+  preprocess: {cmd: "true"}
+  cells: {cmd: python -m stages.cells}
+  split: {matrix: {setting: [5w1s]}, cmd: "true"}
+  compare: {matrix: {setting: [5w1s]}, cmd: "true"}
+"""
+HOLDER = """
+import os, time, zc.lockfile
+reading, writing = os.pipe()
+if os.fork():
+    os.close(writing)
+    os.read(reading, 1)  # until the child has the lock
+else:
+    lock = zc.lockfile.LockFile(".dvc/tmp/lock")
+    os.closerange(0, 3)
+    os.write(writing, b"1")
+    time.sleep(5)
+"""
 DVC = f"""#!/bin/bash
 case "$1" in
-    exp) echo "experiment in $PWD:" "$@" ;;
+    --wait-for-lock) [ "$2" = repro ] && exec '{sys.executable}' -m dvc "$@" || echo "experiment in $PWD:" "$@" ;;
     stage) ;;
     *) exec '{sys.executable}' -m dvc "$@" ;;
 esac
@@ -34,19 +53,22 @@ def script(path: Path, text: str) -> None:
 def make(tmp_path: Path) -> Make:
     """Run make in a project of this name, whose stage fetch ends with this status and whose DVC runs no experiment."""
 
-    def run(target: str, status: int = 0, name: str = "my folder", config: str = "", locked: bool = False) -> tuple[int, str]:
+    def run(
+        target: str, status: int = 0, name: str = "my folder", config: str = "", locked: bool = False, cells: str = ""
+    ) -> tuple[int, str]:
         folder = tmp_path / name
         folder.mkdir()
         for file in ("Makefile", "requirements.lock"):
             shutil.copy(ROOT / file, folder)
         script(folder / ".venv/bin/dvc", DVC)
-        (folder / ".venv/bin/python").symlink_to(sys.executable)
+        script(folder / ".venv/bin/python", f"#!/bin/sh\nexec '{sys.executable}' \"$@\"\n")
         (folder / ".venv/installed").touch()
         (folder / ".dvc/tmp").mkdir(parents=True)
         (folder / ".dvc/config").touch()
         (folder / "dvc.yaml").write_text(PIPELINE)
         (folder / "stages").mkdir()
         (folder / "stages/fetch.py").write_text(f"raise SystemExit({status})\n")
+        (folder / "stages/cells.py").write_text(cells)
         subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
         with open(folder / ".git/config", "a", encoding="utf-8") as file:
             file.write(config)
@@ -86,7 +108,13 @@ def test_glyphs_where_dvc_cannot_run_an_experiment(make: Make, name: str, config
     """Seen failing: DVC's "unexpected error - 'ascii' codec can't encode character"."""
     code, said = make("glyphs", name=name, config=config)
     assert ("only where the project's path and .git/config are ASCII" in said) == refused
-    assert (f"{name}: exp run --temp" in said) != refused and bool(code) >= refused
+    assert (f"{name}: --wait-for-lock exp run --temp" in said) != refused and bool(code) >= refused
+
+
+def test_a_stage_is_recorded_though_the_lock_is_taken_at_its_end(make: Make, tmp_path: Path) -> None:
+    """By `dvc status`, say. Seen failing without --wait-for-lock: DVC gives up, and the stage would run again."""
+    _, said = make("run", cells=HOLDER)
+    assert "  cells:\n" in (tmp_path / "my folder/dvc.lock").read_text(), said
 
 
 def test_the_environment_is_made_in_a_folder_with_a_space(tmp_path: Path) -> None:
