@@ -29,7 +29,7 @@ def one_sentence(main: Callable[P, None]) -> Callable[P, None]:
             main(*args, **kwargs)
         except ValueError as error:
             Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-            raise typer.Exit(1) from None
+            raise typer.Exit(getattr(error, "status", 1)) from None
 
     return wrapped
 

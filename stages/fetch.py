@@ -26,6 +26,12 @@ REMEDIES = (
 app = typer.Typer(add_completion=False)
 
 
+class Unreachable(ValueError):
+    """No archive could be downloaded. Where the official host gave none, `make run` knows by the status, and takes glyphs."""
+
+    status = 3
+
+
 @app.command()
 @one_sentence
 def main() -> None:
@@ -53,7 +59,7 @@ def main() -> None:
 
 
 def obtain(archive: Path, mirror: str) -> None:
-    """Copy or download one archive to `archive`; ValueError says what to do when that fails."""
+    """Copy or download one archive to `archive`; ValueError (Unreachable: by the official host) says what to do if it fails."""
     if not mirror:
         from torchvision.datasets import Omniglot  # imported here: it is slow, and a mirror does not need it
 
@@ -64,7 +70,10 @@ def obtain(archive: Path, mirror: str) -> None:
         return
     address = urlsplit(mirror)
     if address.scheme in ("http", "https"):
-        download(f"{mirror.rstrip('/')}/{archive.name}", archive)
+        try:
+            download(f"{mirror.rstrip('/')}/{archive.name}", archive)
+        except Unreachable as error:  # who names a mirror wants Omniglot
+            raise ValueError(str(error)) from None
         return
     if address.scheme not in ("", "file"):
         raise ValueError(f"{MIRROR}: {mirror!r} is not a folder, file:// or http(s):// address")
@@ -92,7 +101,7 @@ def download(url: str, archive: Path, pause: float = 1.0) -> None:
                         partial.unlink()
                         continue
                     if 400 <= answer.status_code < 500:
-                        raise ValueError(f"{url} answered {answer.status_code} {answer.reason}; {REMEDIES}")
+                        raise Unreachable(f"{url} answered {answer.status_code} {answer.reason}; {REMEDIES}")
                     answer.raise_for_status()
                     if answer.status_code != 206:
                         have = 0
@@ -109,7 +118,7 @@ def download(url: str, archive: Path, pause: float = 1.0) -> None:
                 continue
             os.replace(partial, archive)
             return
-    raise ValueError(f"{url} could not be downloaded in {ATTEMPTS} attempts ({reason}); {REMEDIES}")
+    raise Unreachable(f"{url} could not be downloaded in {ATTEMPTS} attempts ({reason}); {REMEDIES}")
 
 
 def _innermost(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from stages import files, tables
 from stages.command import console
 
-PAGES = jinja2.Environment(
+PAGES = jinja2.Environment(  # noqa: S701  # the pages are Markdown
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,

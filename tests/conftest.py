@@ -85,9 +85,9 @@ def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Edit:
 
 @pytest.fixture
 def stage() -> Stage:
-    """Run a stage's command; returns its output, which is the sentence when it is expected to fail."""
+    """Run a stage's command; returns its output, which is the sentence when it is expected to fail (with this status)."""
 
-    def run(app: Typer, *arguments: str, fails: bool = False) -> str:
+    def run(app: Typer, *arguments: str, fails: int = 0) -> str:
         outcome = CliRunner().invoke(app, arguments)
         assert outcome.exit_code == int(fails), outcome.output
         return " ".join(outcome.output.split())

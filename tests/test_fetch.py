@@ -1,6 +1,7 @@
 """Where the archives come from, what is refused, and that nothing half-written stays."""
 
 import http.server
+import io
 import os
 import threading
 from collections.abc import Iterator
@@ -98,6 +99,17 @@ def test_an_address_without_the_archives_is_one_sentence(
     assert "'ftp://somewhere/omniglot' is not a folder, file:// or http(s)://" in stage(fetch.app, fails=True)
 
 
+def test_a_refusal_by_the_official_host_has_a_status_of_its_own(
+    edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen failing with the status that a typing error in params.yaml has."""
+    edit(data__source="omniglot")
+    reply = requests.Response()
+    reply.status_code, reply.reason, reply.raw = 403, "Forbidden", io.BytesIO()
+    monkeypatch.setattr(fetch.requests, "get", lambda *_, **__: reply)
+    assert "answered 403 Forbidden" in stage(fetch.app, fails=fetch.Unreachable.status) and nothing_is_left()
+
+
 def test_the_official_host_out_of_reach_names_both_remedies(
     mirror: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +120,7 @@ def test_the_official_host_out_of_reach_names_both_remedies(
         raise requests.ConnectionError("Name or service not known")
 
     monkeypatch.setattr(fetch.requests, "get", get)
-    said = stage(fetch.app, fails=True)
+    said = stage(fetch.app, fails=fetch.Unreachable.status)  # of its own: `make run` goes on with glyphs
     assert len(tried) == 4 and all(url.endswith("/images_background.zip") for url in tried)
     assert "could not be downloaded in 4 attempts" in said
     assert "OMNIGLOT_MIRROR" in said and "data.source=glyphs" in said and nothing_is_left()
