@@ -64,7 +64,9 @@ def main(
                 files.write_csv(folder / f"seed{seed}.csv", history(result.history, r))
                 validation = round(100 * result.validation[r], 2)
                 seeds.append({"seed": seed, "best_step": result.best_step[r], "validation": validation})
-                say(f"seed {seed}: best at meta-step {result.best_step[r]}, validation {validation:.2f} %")
+                skipped = sum(row.skipped[r] for row in result.history)
+                left_out = f", {skipped} meta-steps skipped (a loss or gradient was not finite)" if skipped else ""
+                say(f"seed {seed}: best at meta-step {result.best_step[r]}, validation {validation:.2f} %{left_out}")
             say(f"{time.monotonic() - began:.0f} s on {device}")
             network = params.make_network(cell, way=stored.protocol.way, image_size=28)
             meta = {
