@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from metalib.complaints import describe
 from metalib.data.omniglot import Characters
 from metalib.data.tasks import Protocol, Tasks
+from stages import guard
 from stages.params import Cell
 
 RAW = Path("data/raw")
@@ -53,12 +54,16 @@ def plots_folder(setting: str, algorithm: str) -> Path:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write a file or a folder to; on success it replaces `path`, otherwise it is deleted."""
+    """A place beside `path` to write a file or a folder to; on success it replaces `path`, otherwise it is deleted.
+
+    ValueError, and nothing replaced, where an input of the stage has changed since it began.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     _remove(beside)
     try:
         yield beside
+        guard.check()
         if path.is_dir():
             _remove(path)
         os.replace(beside, path)

@@ -7,12 +7,14 @@ import typer
 
 from stages import files, tables
 from stages.command import console, one_sentence
+from stages.guard import guarded
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 @one_sentence
+@guarded("leaderboard")
 def main() -> None:
     """Write reports/leaderboard.md and plots/leaderboard.csv from every result in metrics/."""
     found = {setting: tables.results(setting) for setting in tables.settings()}

@@ -20,8 +20,10 @@ from metalib.data import tasks
 from metalib.models.loss import Conv4Loss, engine
 from metalib.randomness import generator
 from metalib.types import Params, TaskBatch
-from stages import files, params
+from stages import files, guard, params
 from stages.command import console, one_sentence, prepared
+from stages.guard import guarded
+from stages.provenance import provenance
 
 app = typer.Typer(add_completion=False)
 Steps = Iterator[training.Progress | training.Result]
@@ -29,6 +31,7 @@ Steps = Iterator[training.Progress | training.Result]
 
 @app.command()
 @one_sentence
+@guarded("meta_train")
 def main(
     algorithm: Annotated[str, typer.Argument(help="a file of metalib/algorithms")],
     setting: Annotated[str, typer.Argument(help="for instance 5w1s")],
@@ -60,16 +63,7 @@ def main(
             seeds.append({"seed": seed, "best_step": result.best_step[r], "validation": validation})
             console.print(f"{name} seed {seed}: best at meta-step {result.best_step[r]}, validation {validation:.2f} %")
         console.print(f"{name}: {time.monotonic() - began:.0f} s on {device}")
-        network = params.make_network(cell, way=stored.protocol.way, image_size=28)
-        meta = {
-            **stored.protocol._asdict(),
-            **cell.model_dump(mode="json", exclude={"seeds", "own"}),
-            "engine": engine(network, device),
-            "seeds": seeds,
-        }
-        files.write_json(folder / "meta.json", meta)
-        if files.load_cell(setting, algorithm) != cell:
-            raise ValueError(f"the values of {name} changed while it was training; nothing was recorded, run it again")
+        files.write_json(folder / "meta.json", stored.protocol._asdict() | provenance(cell, device) | {"seeds": seeds})
 
 
 def train(cell: params.Cell, stored: files.TaskFile, device: torch.device, checkpoint: Path | None = None) -> Steps:
@@ -178,6 +172,7 @@ def follow(cell: params.Cell, steps: Steps, resumed: bool = False) -> training.R
                     rate = f"{(now.step - first) / (time.monotonic() - began):.1f} steps/s"
                 if now.validation is not None:
                     accuracy, validated = f"{100 * _mean(now.validation):.2f} %", now.step
+                    guard.check()  # rather now than after hours; the checkpoint stays
                 bar.update(task, completed=now.step, rate=rate, news=accuracy)
                 if now.validation is not None and not console.is_terminal:
                     loss = f"query loss {_mean(now.query_loss):.4f} " if now.step else ""  # no step, no loss
