@@ -38,9 +38,9 @@ def refuse_misfit(meta: Mapping[str, Any], cell: params.Cell) -> None:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{model} does not say what it was trained with ({error!r}); {remedy}") from None
     asked = dict(guard.leaves(values | {"seeds": cell.seeds}))
-    for name in sorted(trained | asked):
+    for name in (*trained, *asked):
         if trained.get(name) != asked.get(name):
-            was, now = trained.get(name, "left out"), asked.get(name, "left out")
+            was, now = trained.get(name, "nothing"), asked.get(name, "nothing")
             raise ValueError(f"{model} was trained with {name} {was}, but {files.CELLS} now has {now}; {remedy}")
     for name, digest in data.items():
         if trained_on[name] != digest:
