@@ -59,10 +59,10 @@ def main() -> None:
 
 
 def ranked(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
-    """Every learner, by its accuracy in the first setting; those that lack it follow, by the next."""
+    """Every learner, by its accuracy in the first setting; those that lack it follow, by the next; equals by name."""
 
-    def rank(name: str) -> list[float]:
-        return [-rows[name]["accuracy"] if name in rows else math.inf for rows in found.values()]
+    def rank(name: str) -> list[float | str]:
+        return [*(-rows[name]["accuracy"] if name in rows else math.inf for rows in found.values()), name]
 
     return sorted({name for rows in found.values() for name in rows}, key=rank)
 

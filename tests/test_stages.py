@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,10 +19,10 @@ from typer.testing import CliRunner
 
 from metalib import algorithms
 from stages import cells, command, compare, evaluate, fetch, leaderboard, meta_train, preprocess, split
-from tests.conftest import Edit, Stage, copy_project, shrink
+from tests.conftest import ROOT, Edit, Stage, copy_project, shrink
 
 names = algorithms.names()
-PLACES = ("data", "models", "metrics", "plots", "results")
+PLACES = ("data", "models", "metrics", "plots", "results", "reports")
 STAGES = {
     "fetch": fetch, "preprocess": preprocess, "cells": cells, "split": split, "meta_train": meta_train, "evaluate": evaluate,
     "compare": compare, "leaderboard": leaderboard,
@@ -35,7 +36,11 @@ def prepare(stage: Stage) -> None:
     stage(split.app, "5w1s")
 
 
-def test_the_whole_road(edit: Edit, stage: Stage) -> None:
+def test_the_whole_road(edit: Edit, stage: Stage, tmp_path: Path) -> None:
+    """Every learner from fetch to leaderboard; another process, with another order of sets, leaves the same bytes elsewhere.
+
+    Seen failing where learners of equal accuracy stood in the leaderboard in the order of a set.
+    """
     edit()
     prepare(stage)
     with np.load("data/tasks/5w1s.npz") as stored:
@@ -72,25 +77,35 @@ def test_the_whole_road(edit: Edit, stage: Stage) -> None:
     board = Path("reports/leaderboard.md").read_text()
     assert "5-way 1-shot: data glyphs" in board and "98.7 ± 0.4" in board  # the slides' number beside ours
     assert not list(Path(".").rglob("*.part")) and not list(Path(".checkpoints").iterdir())
+    found = contents(Path("."))
+    assert len(found) > 9 * len(names)
+    again = tmp_path / "again"
+    again.mkdir()
+    for file in ("params.yaml", "dvc.yaml"):
+        shutil.copy(file, again)
+    afresh = [sys.executable, "-c", "from tests import test_stages; test_stages.road()"]
+    surroundings = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "1"}
+    subprocess.run(afresh, cwd=again, env=surroundings, check=True, capture_output=True)
+    assert contents(again) == found
+
+
+def road() -> None:
+    """All stages of one setting, in the working folder."""
+    cells_of = [(module, name, "5w1s") for name in names for module in (meta_train, evaluate)]
+    steps = [(fetch,), (preprocess,), (cells,), (split, "5w1s"), *cells_of, (compare, "5w1s"), (leaderboard,)]
+    for module, *arguments in steps:
+        assert not module.app(arguments, standalone_mode=False)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """All that the stages have written there."""
+    paths = [path for place in PLACES for path in (folder / place).rglob("*") if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in paths}
 
 
 def rows(path: str) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-def test_the_same_bytes_again(edit: Edit, stage: Stage) -> None:
-    edit()
-    contents = []
-    for _ in range(2):
-        prepare(stage)
-        stage(meta_train.app, "maml", "5w1s")
-        stage(evaluate.app, "maml", "5w1s")
-        found = [path for place in PLACES for path in Path(place).rglob("*") if path.is_file()]
-        contents.append({path: path.read_bytes() for path in found})
-        for place in PLACES:
-            shutil.rmtree(place)
-    assert contents[0] == contents[1]
 
 
 def test_inductive_training(edit: Edit, stage: Stage) -> None:
