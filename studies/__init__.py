@@ -2,3 +2,7 @@
 
 A room holds the study's numbers (schema), what it computes, its figure and its page (a template).
 """
+
+from stages import guard  # first of all: it takes the digests of the code that is loaded after it
+
+__all__ = ["guard"]

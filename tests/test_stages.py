@@ -29,7 +29,7 @@ from stages import cells, command, compare, evaluate, fetch, files, leaderboard,
 from tests.conftest import ROOT, Edit, Stage, copy_project, shrink
 
 names = algorithms.names()
-PLACES = ("data", "models", "metrics", "plots", "results")
+PLACES = ("data", "models", "metrics", "plots", "results", "reports")
 STAGES = {
     "fetch": fetch, "preprocess": preprocess, "cells": cells, "split": split, "meta_train": meta_train, "evaluate": evaluate,
     "compare": compare, "leaderboard": leaderboard,
@@ -43,7 +43,11 @@ def prepare(stage: Stage) -> None:
     stage(split.app, "5w1s")
 
 
-def test_the_whole_road(edit: Edit, stage: Stage) -> None:
+def test_the_whole_road(edit: Edit, stage: Stage, tmp_path: Path) -> None:
+    """Every learner from fetch to leaderboard; another process, with another order of sets, leaves the same bytes elsewhere.
+
+    Seen failing where learners of equal accuracy stood in the leaderboard in the order of a set.
+    """
     edit()
     prepare(stage)
     with np.load("data/tasks/5w1s.npz") as stored:
@@ -80,25 +84,35 @@ def test_the_whole_road(edit: Edit, stage: Stage) -> None:
     board = Path("reports/leaderboard.md").read_text()
     assert "5-way 1-shot: data glyphs" in board and "98.7 ± 0.4" in board  # the slides' number beside ours
     assert not list(Path(".").rglob("*.part")) and not list(Path(".checkpoints").iterdir())
+    found = contents(Path("."))
+    assert len(found) > 9 * len(names)
+    again = tmp_path / "again"
+    again.mkdir()
+    for file in ("params.yaml", "dvc.yaml"):
+        shutil.copy(file, again)
+    afresh = [sys.executable, "-c", "from tests import test_stages; test_stages.road()"]
+    surroundings = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "1"}
+    subprocess.run(afresh, cwd=again, env=surroundings, check=True, capture_output=True)
+    assert contents(again) == found
+
+
+def road() -> None:
+    """All stages of one setting, in the working folder."""
+    cells_of = [(module, name, "5w1s") for name in names for module in (meta_train, evaluate)]
+    steps = [(fetch,), (preprocess,), (cells,), (split, "5w1s"), *cells_of, (compare, "5w1s"), (leaderboard,)]
+    for module, *arguments in steps:
+        assert not module.app(arguments, standalone_mode=False)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """All that the stages have written there."""
+    paths = [path for place in PLACES for path in (folder / place).rglob("*") if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in paths}
 
 
 def rows(path: str) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-def test_the_same_bytes_again(edit: Edit, stage: Stage) -> None:
-    edit()
-    contents = []
-    for _ in range(2):
-        prepare(stage)
-        stage(meta_train.app, "maml", "5w1s")
-        stage(evaluate.app, "maml", "5w1s")
-        found = [path for place in PLACES for path in Path(place).rglob("*") if path.is_file()]
-        contents.append({path: path.read_bytes() for path in found})
-        for place in PLACES:
-            shutil.rmtree(place)
-    assert contents[0] == contents[1]
 
 
 def test_inductive_training(edit: Edit, stage: Stage) -> None:
@@ -173,7 +187,7 @@ def test_the_second_of_two_takes_what_the_first_has_trained(
     prepare(stage)
     second = tmp_path / "second"
     second.mkdir()
-    for name in ("params.yaml", "data"):
+    for name in ("params.yaml", "dvc.yaml", "data"):
         (second / name).symlink_to(tmp_path / name)
     command = [sys.executable, "-m", "stages.meta_train", "maml", "5w1s"]
     environment = os.environ | {"DVC_ROOT": str(tmp_path), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
@@ -210,7 +224,7 @@ def test_values_changed_during_a_training_are_noticed(edit: Edit, stage: Stage, 
     with monkeypatch.context() as patch:
         patch.setattr(meta_train, "train", until(lambda: change(0.3)))
         said = stage(meta_train.app, "maml", "5w1s", fails=True)
-    assert "the values of maml 5w1s changed while it was training" in said and "best at" not in said
+    assert "data/cells/5w1s/maml.json changed while meta_train@maml-5w1s ran" in said and "best at" not in said
     assert not Path("models/5w1s/maml").exists()
     change(0.4)
     assert "goes on from meta-step 4" in stage(meta_train.app, "maml", "5w1s")

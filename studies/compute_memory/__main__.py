@@ -12,6 +12,7 @@ from metalib.models.conv4 import Conv4
 from metalib.randomness import generator
 from stages import files, params
 from stages.command import console, one_sentence, prepared
+from stages.guard import guarded
 from studies import room
 from studies.compute_memory import figure, jobs
 from studies.compute_memory.schema import Values
@@ -22,6 +23,7 @@ NAME = "compute_memory"
 
 @app.command()
 @one_sentence
+@guarded(NAME)
 def main() -> None:
     """Write the study compute_memory: figure, page, measured points, metrics.
 

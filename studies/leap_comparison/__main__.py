@@ -7,6 +7,7 @@ import typer
 from metalib.data.omniglot import DRAWERS
 from stages import files, params
 from stages.command import one_sentence, prepared
+from stages.guard import guarded
 from studies import room
 from studies.leap_comparison import figure, summary
 from studies.leap_comparison.curves import compare
@@ -18,6 +19,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 @one_sentence
+@guarded(NAME)
 def main() -> None:
     """Compare Leap with its rivals on whole alphabets. METALIB_DEVICE chooses the device."""
     began = time.monotonic()

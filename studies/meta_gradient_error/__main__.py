@@ -8,6 +8,7 @@ import typer
 
 from stages import params
 from stages.command import one_sentence
+from stages.guard import guarded
 from studies import room
 from studies.meta_gradient_error import figure
 from studies.meta_gradient_error.curves import COSTED, LINES, CurvePoint, Rate, curves, exponents, rates
@@ -19,6 +20,7 @@ NAME = "meta_gradient_error"
 
 @app.command()
 @one_sentence
+@guarded(NAME)
 def main() -> None:
     """Write the study meta_gradient_error: figure, page, data, metrics. It runs in double precision on the CPU."""
     began = time.monotonic()

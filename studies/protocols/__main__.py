@@ -7,6 +7,7 @@ import typer
 
 from stages import files, params
 from stages.command import one_sentence, prepared
+from stages.guard import guarded
 from studies import room
 from studies.protocols import figure, shifts
 from studies.protocols.accuracies import accuracies, shortened, task_file
@@ -18,6 +19,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 @one_sentence
+@guarded(NAME)
 def main() -> None:
     """Measure how each choice that papers leave unsaid moves accuracies. METALIB_DEVICE chooses the device."""
     began = time.monotonic()

@@ -11,6 +11,7 @@ from metalib.data.tasks import Protocol
 from metalib.models.conv4 import Conv4
 from stages import files, params
 from stages.command import console, one_sentence, prepared
+from stages.guard import guarded
 from studies import room
 from studies.update_contents import combinations, expansions, figure
 from studies.update_contents.schema import Values
@@ -22,6 +23,7 @@ SETTING = "5w5s"
 
 @app.command()
 @one_sentence
+@guarded(NAME)
 def main() -> None:
     """Write the study update_contents: figure, page, coefficients, learning curves, metrics.
 
