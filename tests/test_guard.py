@@ -123,8 +123,8 @@ def test_every_stage_is_guarded(name: str, monkeypatch: pytest.MonkeyPatch, stag
 
     monkeypatch.setattr(guard, "Inputs", Noted)
     module = declared["cmd"].split()[2]
-    found = import_module(module if module.startswith("stages") else f"{module}.__main__")
-    known = {"algorithm": "maml", "setting": "5w1s"}
+    found = import_module(f"{module}.__main__" if (ROOT / module.replace(".", "/")).is_dir() else module)
+    known = {"algorithm": "maml", "setting": "5w1s", "study": "protocols"}
     arguments = [known[item] for item in declared.get("matrix", {})]
     assert "noted" in stage(found.app, *arguments, fails=True)
     assert began[0].name == "@".join(filter(None, [name, "-".join(arguments)]))
