@@ -13,6 +13,7 @@ from rich.markdown import Markdown
 from metalib.comparison import Difference, differences
 from stages import files, tables
 from stages.command import console, one_sentence
+from stages.guard import guarded
 from stages.palette import style
 
 matplotlib.use("Agg")
@@ -35,6 +36,7 @@ class Curve(NamedTuple):
 
 @app.command()
 @one_sentence
+@guarded("compare")
 def main(
     setting: Annotated[str, typer.Argument(help="for instance 5w1s")],
     only: Annotated[list[str] | None, typer.Option(help="a learner to compare; may be given several times")] = None,
@@ -59,15 +61,15 @@ def main(
     text = page(setting, rows, pairs)
     if pairs:
         text += f"\nEvery pair with its interval and p: [{table}](../{table}).\n"
+    text += f"\n![Accuracy, learning curves and inner steps of {tables.title(rows)}]({setting}.png)\n"
+    with files.whole(Path(f"reports/{setting}.png")) as picture, files.whole(Path(f"reports/{setting}.md")) as beside:
+        draw(picture, setting, rows)
+        beside.write_text(text)
+    if pairs:
         files.write_csv(table, [pair._asdict() for pair in pairs])
     else:
         with files.whole(table) as beside:
             beside.write_text(",".join(Difference._fields) + "\n")
-    text += f"\n![Accuracy, learning curves and inner steps of {tables.title(rows)}]({setting}.png)\n"
-    with files.whole(Path(f"reports/{setting}.md")) as beside:
-        beside.write_text(text)
-    with files.whole(Path(f"reports/{setting}.png")) as beside:
-        draw(beside, setting, rows)
     console.print(f"reports/{setting}.md: {len(rows)} algorithms, {len(pairs)} differences")
 
 

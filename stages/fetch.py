@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from metalib.data import glyphs, omniglot
 from stages import files, params
 from stages.command import console, one_sentence
+from stages.guard import guarded
 
 MIRROR = "OMNIGLOT_MIRROR"
 ATTEMPTS = 4
@@ -34,6 +35,7 @@ class Unreachable(ValueError):
 
 @app.command()
 @one_sentence
+@guarded("fetch")
 def main() -> None:
     """Write data/raw: the two archives, kept zipped, and digests.json with the sha256 of their content.
 

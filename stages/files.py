@@ -19,7 +19,8 @@ from pydantic import ValidationError
 from metalib.complaints import describe
 from metalib.data.omniglot import Characters
 from metalib.data.tasks import Protocol, Tasks
-from metalib.files import whole as whole  # stages write with files.whole
+from metalib.files import whole as written
+from stages import guard
 from stages.params import Cell
 
 RAW = Path("data/raw")
@@ -50,10 +51,6 @@ def model_folder(setting: str, algorithm: str) -> Path:
     return Path(f"models/{setting}/{algorithm}")
 
 
-def cell_file(setting: str, algorithm: str) -> Path:
-    return CELLS / setting / f"{algorithm}.json"
-
-
 def results_file(setting: str, algorithm: str) -> Path:
     return Path(f"results/{setting}/{algorithm}.npz")
 
@@ -74,6 +71,14 @@ def plots_folder(setting: str, algorithm: str) -> Path:
 def study_file(name: str) -> Path:
     """What a study has found, before it becomes a page."""
     return Path(f"results/studies/{name}.json")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """As metalib.files.whole; and ValueError, and nothing replaced, where an input of the stage has changed since it began."""
+    with written(path) as beside:
+        yield beside
+        guard.check()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -130,7 +135,7 @@ def load_cell(setting: str, algorithm: str) -> Cell:
     known = sorted(path.stem for path in (CELLS / setting).glob("*.json"))
     if known and algorithm not in known:
         raise ValueError(f"algorithm: {algorithm!r} has no cell in {setting}; there are {', '.join(known)}")
-    return _cell(_load_json(cell_file(setting, algorithm)))
+    return _cell(_load_json(CELLS / setting / f"{algorithm}.json"))
 
 
 def load_protocol_cells() -> dict[str, Cell]:

@@ -7,12 +7,14 @@ import typer
 from metalib.data import omniglot
 from stages import files, params
 from stages.command import console, one_sentence
+from stages.guard import guarded
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 @one_sentence
+@guarded("preprocess")
 def main() -> None:
     """Write data/characters.npz: images uint8 (characters, 20, size, size), ink 255, with the characters' names.
 

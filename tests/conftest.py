@@ -75,6 +75,7 @@ def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Edit:
     """A folder with a tiny params.yaml to work in; call it to change the file."""
     file = tmp_path / "params.yaml"
     file.write_text((ROOT / "params.yaml").read_text())
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
     shrink(file)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMNIGLOT_MIRROR", raising=False)

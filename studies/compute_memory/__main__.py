@@ -11,6 +11,7 @@ from metalib.models.conv4 import Conv4
 from metalib.randomness import generator
 from stages import files, params
 from stages.command import device_name, one_sentence, prepared
+from stages.guard import guarded
 from studies import computing
 from studies.compute_memory import jobs
 from studies.compute_memory.schema import Values
@@ -21,6 +22,7 @@ NAME = "compute_memory"
 
 @app.command()
 @one_sentence
+@guarded(NAME)
 def main() -> None:
     """Measure time and memory of meta-gradients.
 

@@ -97,8 +97,8 @@ def accuracies(
     for name in cells:
         for scheme, trained in served:
             part = study.part(f"{name}-{scheme}-{trained}", partial(measured, name, scheme, trained))
-            for choice, values in part.items():
-                found[choice][name] = values
+            for chosen, values in part.items():
+                found[chosen][name] = values
     return found
 
 
