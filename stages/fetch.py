@@ -13,6 +13,7 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from metalib.data import glyphs, omniglot
+from metalib.files import locked
 from stages import files, params
 from stages.command import console, one_sentence
 from stages.guard import guarded
@@ -91,7 +92,7 @@ def download(url: str, archive: Path, pause: float = 1.0) -> None:
     partial = PARTIAL / f"{archive.name}.part"
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     reason = ""
-    with Progress(*columns, console=console) as bar:
+    with locked(partial.with_suffix(".lock")), Progress(*columns, console=console) as bar:
         task = bar.add_task(archive.name, total=None)
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -118,7 +119,7 @@ def download(url: str, archive: Path, pause: float = 1.0) -> None:
             except requests.RequestException as error:
                 reason = type(error).__name__ if not str(error) else _innermost(error)
                 continue
-            os.replace(partial, archive)
+            shutil.move(partial, archive)  # data may be on another disk
             return
     raise Unreachable(f"{url} could not be downloaded in {ATTEMPTS} attempts ({reason}); {REMEDIES}")
 
