@@ -59,23 +59,21 @@ def main(
     for one in every:
         typer.echo(one.name)
         found[one.name], again[one.name] = (in_fresh_process(one, steps, tasks, names) for _ in range(2))
-    first = found[every[0].name]
-    rows = [
-        [name, one.name, differences(found[one.name][name], again[one.name][name])[0]]
-        + list(differences(first[name], found[one.name][name]))
-        for name in names
-        for one in every
-    ]
+    rows = []
+    for name in names:
+        for one in every:
+            model = found[one.name][name]
+            repeated, *_ = differences(model, again[one.name][name])
+            rows.append([name, one.name, repeated, *differences(found[every[0].name][name], model)])
     report.write(
         out,
         head,
-        f"{SETTING}, budget {file.meta_train.budget}, one seed, {steps} meta-steps, over which the rates fall as they do over a "
-        "whole training. Each training ran twice, in two processes: *again* is what differs between these. The other columns "
+        f"{SETTING}, budget {file.meta_train.budget}, one seed, {steps} meta-steps, over which the rates fall as they do over "
+        "a whole training. Each training ran twice, in two processes: *again* is what differs between these. The other columns "
         f"compare it with {every[0].name}. *weights* is the norm of their difference as a part of their norm; *largest* is the "
-        "largest difference of a weight as a part of the largest weight of its tensor (a shift, which starts at 0, moves by the "
-        "whole rate wherever rounding turns a gradient's sign); *accuracy*, in points, is on the same "
-        f"{tasks} validation tasks. 0 is equality to the bit. *SSE4*: the libraries under PyTorch may use no newer instructions, "
-        "as on an older processor.",
+        "largest difference of a weight as a part of the largest weight of its tensor; *accuracy*, in points, is on the same "
+        f"{tasks} validation tasks. 0 is equality to the bit. *SSE4*: the libraries under PyTorch may use no newer "
+        "instructions, as on an older processor.",
         report.table(HEAD, rows, left=2),
     )
     typer.echo(f"written: {out}")
