@@ -1,6 +1,7 @@
 """What every stage does around its work: one-sentence errors, the device, the process's memory and precision."""
 
 import ctypes
+import errno
 import functools
 import os
 import platform
@@ -13,8 +14,13 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
+from safetensors import SafetensorError
 
 P = ParamSpec("P")
+SURROUNDINGS = (  # what a system lacks, and no code can mend: room, rights, handles
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE,
+)  # fmt: skip
+FULL = ("file write failed", *map(os.strerror, SURROUNDINGS))  # in the words of torch and of safetensors
 console = Console(stderr=False, soft_wrap=True)
 
 
@@ -25,11 +31,31 @@ def one_sentence(main: Callable[P, None]) -> Callable[P, None]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             main(*args, **kwargs)
-        except ValueError as error:
-            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        except Exception as error:
+            if (sentence := _sentence(error)) is None:
+                raise
+            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(sentence)}", highlight=False)
             raise typer.Exit(1) from None
 
     return wrapped
+
+
+def _sentence(error: Exception) -> str | None:
+    """What a person can do about an error; None for a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError):
+        return text
+    if isinstance(error, OSError) and error.errno in SURROUNDINGS:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{os.strerror(error.errno)}; nothing half-written is left: make room or way, then run the same again"
+    if isinstance(error, RuntimeError | SafetensorError) and any(words in text for words in FULL):
+        return f"{text}; nothing half-written is left: make room or way, then run the same again"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+        return (
+            f"out of memory ({text[:200] or 'host'}); set METALIB_CHUNK to fewer tasks at a time than outer.meta_batch, "
+            "or lower outer.meta_batch"
+        )
+    return None
 
 
 def prepared(tf32: bool = False) -> torch.device:
@@ -43,11 +69,13 @@ def prepared(tf32: bool = False) -> torch.device:
 def chosen_device() -> torch.device:
     """METALIB_DEVICE (cpu, cuda, cuda:1, mps), or the best there is. Not a param: it changes cost, not meaning."""
     torch.backends.cudnn.benchmark = True  # there are few shapes, and many calls of each
-    asked = os.environ.get("METALIB_DEVICE", "auto")
+    asked = os.environ.get("METALIB_DEVICE") or "auto"
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(asked)
+        if chosen.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("another kind of device")
         torch.zeros(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

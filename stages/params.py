@@ -251,8 +251,8 @@ def cell(file: File, algorithm: str, setting_name: str, budget: Budgets | None =
         raise ValueError(f"{where}.train: {shot} support and {query} query images of a class, but each has only {DRAWERS}")
     if given := sorted({"way", "image_size"} & network.keys()):
         raise ValueError(
-            f"{where}.network.{given[0]} is not a parameter here (value {reprlib.repr(network[given[0]])}); the setting has the "
-            "way, data.image_size the size"
+            f"{where}.network.{given[0]} is not a parameter here (value {reprlib.repr(network[given[0]])}); "
+            "the setting has the way, data.image_size the size"
         )
     made = Cell(
         algorithm=algorithm,
