@@ -179,7 +179,7 @@ def load_arrays(path: Path, stage: str) -> Iterator[Any]:
         _require_room(path)
         with np.load(path) as arrays:
             yield arrays
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}); make it with: dvc repro {stage}") from None
 
 
@@ -189,7 +189,10 @@ def _require_room(path: Path) -> None:
         for member in archive.infolist():
             with archive.open(member) as file:
                 header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                shape, _, dtype = header[np.lib.format.read_magic(file)](file)
+                try:
+                    shape, _, dtype = header[np.lib.format.read_magic(file)](file)
+                except Exception as error:  # it is parsed as Python's literals, whose complaints are of many kinds
+                    raise ValueError(f"{member.filename}: {' '.join(str(error).split())}") from None
                 promised = math.prod(shape) * dtype.itemsize
                 if dtype.hasobject or promised > LARGEST or file.tell() + promised != member.file_size:
                     raise ValueError(f"{member.filename}: {shape} of {dtype} in {member.file_size} bytes")
