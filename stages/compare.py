@@ -93,13 +93,8 @@ def compared(setting: str, rows: dict[str, dict[str, Any]]) -> list[Difference]:
 
 def _fractions(values: NDArray[Any]) -> NDArray[Any]:
     """Accuracies (seeds, steps, tasks); ValueError for other arrays."""
-    if (
-        values.dtype.kind != "f"
-        or values.ndim != 3
-        or values.shape[2] < 2
-        or not values.size
-        or not ((values >= 0) & (values <= 1)).all()
-    ):
+    fits = values.dtype.kind == "f" and values.ndim == 3 and values.size and values.shape[2] >= 2
+    if not fits or not ((values >= 0) & (values <= 1)).all():
         raise ValueError(f"{values.dtype} {values.shape} are no accuracies, in [0, 1], of two or more tasks")
     return values
 
