@@ -180,7 +180,8 @@ def load_arrays(path: Path, stage: str) -> Iterator[Any]:
         with np.load(path) as arrays:
             yield arrays
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read ({error}); make it with: dvc repro {stage}") from None
+        reason = " ".join(str(error).split())[:300]  # zipfile quotes whole names
+        raise ValueError(f"{path} cannot be read ({reason}); make it with: dvc repro {stage}") from None
 
 
 def _require_room(path: Path) -> None:
@@ -192,7 +193,7 @@ def _require_room(path: Path) -> None:
                 try:
                     shape, _, dtype = header[np.lib.format.read_magic(file)](file)
                 except Exception as error:  # it is parsed as Python's literals, whose complaints are of many kinds
-                    raise ValueError(f"{member.filename}: {' '.join(str(error).split())}") from None
+                    raise ValueError(f"{member.filename}: {error}") from None
                 promised = math.prod(shape) * dtype.itemsize
                 if dtype.hasobject or promised > LARGEST or file.tell() + promised != member.file_size:
                     raise ValueError(f"{member.filename}: {shape} of {dtype} in {member.file_size} bytes")

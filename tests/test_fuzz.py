@@ -4,6 +4,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def test_any_value_at_any_place_of_params(place: tuple[str, ...], value: Any) ->
     ("a: !!binary aGVsbG8=", "params.yaml.a: a bytes is neither"),
     ("a: &a [*a]", "do aliases contain each other"),
     ("a: &a {b: *a}", "do aliases contain each other"),
-    ("a: " + "[" * 5000 + "]" * 5000, "params.yaml"),
+    ("a: " + "[" * 1000 + "]" * 1000, "params.yaml"),
     ("\n".join(["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10))]), "do aliases"),
 ])  # fmt: skip
 def test_a_file_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, complaint: str) -> None:
@@ -108,9 +109,7 @@ def test_a_file_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, te
 
 
 @pytest.mark.parametrize(("given", "complaint"), [
-    ("split.seed=.nan", "split.seed"), ("split.seed='1'", "split.seed"), ("data.image_size=1e9", "data.image_size"),
-    ("data.image_size={a:1}", "data.image_size"), ("tasks.test=null", "tasks.test"), ("settings=[]", "settings"),
-    ("algorithms.maml.quick.common.inner_lr=-1", "inner_lr"), ("+data.new=a", "data.new"),
+    ("split.seed=.nan", "split.seed"), ("data.image_size={a:1}", "data.image_size"), ("split.seed='1'", "split.seed"),
 ])  # fmt: skip
 def test_what_dvc_sets(edit: Edit, given: str, complaint: str) -> None:
     """-S as DVC itself applies it."""
@@ -166,14 +165,21 @@ def test_a_damaged_drawing(tmp_path_factory: pytest.TempPathFactory, content: by
     refused_or(lambda: omniglot.content_digest(file))
 
 
+def endless() -> bytes:
+    """A drawing whose header promises 10^10 pixels."""
+    png = drawing()
+    header = png[12:16] + (100_000).to_bytes(4, "big") * 2 + png[24:29]
+    return png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
+
+
 def bomb(folder: Path) -> Path:
-    return archive(folder, {MEMBER: drawing() + bytes(1 << 27)}, compression=zipfile.ZIP_DEFLATED)
+    return archive(folder, {MEMBER: drawing() + bytes(1 << 24)}, compression=zipfile.ZIP_DEFLATED)
 
 
 def lying(folder: Path) -> Path:
     """A bomb whose directory says that it is small."""
     file = bomb(folder)
-    size = (len(drawing()) + (1 << 27)).to_bytes(4, "little")
+    size = (len(drawing()) + (1 << 24)).to_bytes(4, "little")
     file.write_bytes(file.read_bytes().replace(size, (1000).to_bytes(4, "little")))
     return file
 
@@ -210,7 +216,8 @@ def wrong_crc(folder: Path) -> Path:
     (link, "is no whole PNG file"),
     (wrong_crc, "Bad CRC-32"),
     (lambda folder: archive(folder, {MEMBER: drawing()}, compression=zipfile.ZIP_LZMA), "in another way than deflate"),
-    (lambda folder: archive(folder, {MEMBER: drawing(20_000)[:2000]}), "is no whole PNG file"),
+    (lambda folder: archive(folder, {MEMBER: drawing(106)}), "is (106, 106) '1', not 105 x 105 one-bit"),
+    (lambda folder: archive(folder, {MEMBER: endless()}), "is no whole PNG file"),
     (lambda folder: archive(folder, {MEMBER: b"GIF89a"}), "is no whole PNG file"),
     (lambda folder: archive(folder, {}), None),
 ])  # fmt: skip

@@ -85,7 +85,10 @@ def drawings(archive: Path, known_as: str = "") -> Iterator[Drawing]:
     except _Refused as error:
         raise ValueError(f"{what}: {error}") from None
     except (*_DAMAGED, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{what} is not a whole zip archive of PNG files ({error}); fetch it again, or another copy") from None
+        reason = " ".join(str(error).split())[:300]  # zipfile quotes whole names
+        raise ValueError(
+            f"{what} is not a whole zip archive of PNG files ({reason}); fetch it again, or another copy"
+        ) from None
 
 
 def _ink(content: bytes, path: str) -> NDArray[np.bool_]:
