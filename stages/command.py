@@ -3,9 +3,11 @@
 import ctypes
 import errno
 import functools
+import io
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -29,6 +31,9 @@ def one_sentence(main: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        for stream in (sys.stdout, sys.stderr):  # a terminal without ± shows ? and loses no result
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         try:
             main(*args, **kwargs)
         except Exception as error:
