@@ -29,7 +29,7 @@ class Outer:
     schedule: Literal["constant", "linear", "cosine"]  # of every rate, from its value towards 0 after the last meta-step
     fixed_head: bool = False  # the head is adapted, but not meta-learned: with head_init zero, it starts a task at zero
     meta_steps: NonNegativeInt  # 0: nothing is learned, and the initial weights are validated once
-    meta_batch: PositiveInt  # tasks in a meta-step
+    meta_batch: int = Field(ge=1, le=100_000)  # tasks in a meta-step
     validations: PositiveInt  # evenly spaced; one more, at the end, where they do not divide meta_steps
 
     @model_validator(mode="after")

@@ -43,7 +43,7 @@ def main() -> None:
     Omniglot comes from its official host, or from the folder, file:// or http(s):// address in OMNIGLOT_MIRROR. Its content
     is checked against pinned digests, whatever the source. With data.source glyphs the archives are drawn.
     """
-    data = params.read().data
+    data, mirror = params.read().data, os.environ.get(MIRROR, "")
     with files.whole(files.RAW) as folder:
         folder.mkdir()
         if data.source == "glyphs":
@@ -53,8 +53,8 @@ def main() -> None:
         for name in omniglot.ARCHIVES:
             archive = folder / f"{name}.zip"
             if data.source == "omniglot":
-                obtain(archive, os.environ.get(MIRROR, ""))
-            digests[name] = omniglot.content_digest(archive)
+                obtain(archive, mirror)
+            digests[name] = omniglot.content_digest(archive, f"{archive.name} of {mirror or 'the official host'}")
             if data.source == "omniglot":
                 omniglot.require_digest(archive, digests[name], omniglot.DIGESTS[name])
             console.print(f"{archive.name}: content sha256 {digests[name]}")
@@ -80,7 +80,7 @@ def obtain(archive: Path, mirror: str) -> None:
         return
     if address.scheme not in ("", "file"):
         raise ValueError(f"{MIRROR}: {mirror!r} is not a folder, file:// or http(s):// address")
-    source = Path(unquote(address.path) if address.scheme else mirror) / archive.name
+    source = Path(unquote(address.path) if address.scheme else mirror).expanduser() / archive.name
     if not source.is_file():
         raise ValueError(f"{MIRROR}: {source} does not exist; {REMEDIES}")
     shutil.copyfile(source, archive)

@@ -44,7 +44,7 @@ def main() -> None:
         "Each is of 600 tasks with as many query images per class as shots; Reptile's are of 10,000 tasks with one.",
     ]
     with files.whole(Path("reports/leaderboard.md")) as beside:
-        beside.write_text("\n\n".join(text) + "\n")
+        beside.write_text("\n\n".join(text) + "\n", encoding="utf-8")
     columns = ("accuracy", "ci95", "inductive", "budget", "data")
     files.write_csv(
         Path("plots/leaderboard.csv"),

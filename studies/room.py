@@ -85,6 +85,6 @@ def write(
         for table, rows in data.items():
             files.write_csv(folder / f"{table}.csv", rows)
     with files.whole(Path(f"reports/studies/{name}.md")) as beside:
-        beside.write_text(page.rstrip() + "\n")
+        beside.write_text(page.rstrip() + "\n", encoding="utf-8")
     files.write_json(Path(f"reports/studies/{name}.metrics.json"), metrics)
     console.print(f"reports/studies/{name}.md", highlight=False)

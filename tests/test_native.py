@@ -1,5 +1,7 @@
 """The compiled engine against PyTorch's operators (wide), and what it does when it cannot serve."""
 
+import ctypes
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -35,6 +37,7 @@ def compiled() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    native.library.cache_clear()  # a test may have had another
 
 
 def images(net: Conv4, count: int, tasks: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -346,6 +349,78 @@ def test_a_failed_build_leaves_nothing_behind(
         native.library.cache_clear()
     assert "no-such-flag" in capsys.readouterr().err
     assert not list((tmp_path / "metalib").iterdir())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("content", [b"", b"whole", b"half", b"not a library"])
+def test_a_damaged_library_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """Seen failing: a file cut short ended the process with a bus error, an empty or a foreign one was never replaced."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "SOURCE", small_source(tmp_path))
+    for _ in range(2):
+        native.library.cache_clear()
+        assert value(native.library()) == 7
+        (made,) = (tmp_path / "metalib").iterdir()
+        whole = made.read_bytes()
+        damaged = {b"whole": whole, b"half": whole[: len(whole) // 2]}.get(content, content)
+        os.replace(made, tmp_path / "loaded")  # which stays as this process has it mapped
+        made.write_bytes(damaged)
+    native.library.cache_clear()
+    assert value(native.library()) == 7
+
+
+@pytest.mark.parametrize("home", ["a file", "read-only", "not to be run from", "none"])
+def test_without_a_cache_it_is_built_for_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seen failing: each of them meant the slower engine, and no home a traceback."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(native, "SOURCE", small_source(tmp_path))
+    native.library.cache_clear()
+    if home == "none":
+        monkeypatch.setattr(Path, "home", refuse(RuntimeError("Could not determine home directory.")))
+    elif home == "read-only":
+        monkeypatch.setattr(Path, "mkdir", refuse(OSError(errno.EROFS, "Read-only file system")))
+    elif home == "not to be run from":
+        honest = ctypes.CDLL
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setattr(ctypes, "CDLL", lambda file: refuse(OSError("not mapped"))() if ".cache" in file else honest(file))
+    else:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    assert value(native.library()) == 7 and capsys.readouterr().err == ""
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_compiler_that_makes_no_library_leaves_none_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho nonsense > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    native.library.cache_clear()
+    assert native.library() is None and "the faster CPU engine cannot be built" in capsys.readouterr().err
+    assert not list((tmp_path / "metalib").iterdir())
+
+
+def refuse(error: Exception) -> Callable[..., None]:
+    def refused(*_: object, **__: object) -> None:
+        raise error
+
+    return refused
+
+
+def small_source(folder: Path) -> Path:
+    """A library that compiles at once."""
+    source = folder / "small.cpp"
+    source.write_text('extern "C" int value() { return 7; }\n')
+    return source
+
+
+def value(library: ctypes.CDLL | None) -> int:
+    assert library is not None
+    return library.value()
 
 
 def test_a_compiler_without_openmp_serves_with_one_thread(

@@ -59,7 +59,7 @@ def engine(network: Conv4, device: torch.device) -> str:
 
 def _native(network: Conv4, params: Params, x: Tensor) -> bool:
     """Whether the compiled code is to compute this loss; ValueError where METALIB_ENGINE asks for what cannot be."""
-    asked = os.environ.get("METALIB_ENGINE", "auto")
+    asked = os.environ.get("METALIB_ENGINE") or "auto"
     if asked not in ("auto", "native", "wide"):
         raise ValueError(f"METALIB_ENGINE: {asked!r} is not one of auto, native, wide")
     if asked == "native" and (lacks := native.lacks(network, params, x)):

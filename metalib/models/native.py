@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from metalib import files
 from metalib.models.conv4 import LAYERS, Conv4
 from metalib.types import Params
 
@@ -63,9 +63,18 @@ def lacks(net: Conv4, params: Params, x: Tensor) -> str | None:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled code; None where it cannot be built, for a reason given in one line on stderr."""
+    """The compiled code; None where it cannot be built, for a reason given in one line on stderr.
+
+    Where the user's cache cannot be written or run from, it is built in a temporary folder, for this process alone.
+    """
     try:
-        return ctypes.CDLL(str(build()))
+        try:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metalib"
+            cache.mkdir(parents=True, exist_ok=True)
+            return load(cache)
+        except (OSError, RuntimeError):  # RuntimeError: there is no home
+            with tempfile.TemporaryDirectory() as folder:
+                return load(Path(folder))
     except (OSError, subprocess.CalledProcessError) as error:
         detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         reason = next((line for line in detail.splitlines() if "error" in line), detail.partition("\n")[0])
@@ -73,23 +82,34 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def build() -> Path:
-    """Compile native.cpp for this processor into the user's cache, unless it lies there already."""
+def load(folder: Path) -> ctypes.CDLL:
+    """native.cpp compiled for this processor, out of `folder`; compiled into it first, unless it lies there whole.
+
+    A file's name holds the digest of its content: running one that is cut short would end the process.
+    """
     compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
     if compiler is None:
         raise FileNotFoundError("no C++ compiler")
     key = hashlib.sha256(repr((SOURCE.read_bytes(), compiler, FLAGS, _processor())).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metalib"
-    target = folder / f"native-{key}.so"
-    if not target.exists():
-        with files.whole(target) as made:
-            for openmp in (["-fopenmp"], []):  # clang may lack OpenMP; one thread then does it all
-                command = [compiler, *FLAGS, *openmp, str(SOURCE), "-o", str(made)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode == 0:
-                    break
-            done.check_returncode()
-    return target
+    for there in sorted(folder.glob(f"native-{key}-*.so")):
+        if there.name == _name(key, there):
+            return ctypes.CDLL(str(there))
+        there.unlink()
+    with tempfile.TemporaryDirectory(dir=folder) as beside:  # renamed when whole: others see nothing or all of it
+        made = Path(beside) / "made.so"
+        for openmp in (["-fopenmp"], []):  # clang may lack OpenMP; one thread then does it all
+            command = [compiler, *FLAGS, *openmp, str(SOURCE), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            if done.returncode == 0:
+                break
+        done.check_returncode()
+        loaded = ctypes.CDLL(str(made))  # what cannot be loaded is not kept
+        made.replace(folder / _name(key, made))
+    return loaded
+
+
+def _name(key: str, file: Path) -> str:
+    return f"native-{key}-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.so"
 
 
 def _processor() -> str:
