@@ -1,5 +1,6 @@
 """Where the archives come from, what is refused, and that nothing half-written stays."""
 
+import contextlib
 import http.server
 import io
 import os
@@ -88,12 +89,24 @@ def test_a_broken_download_goes_on_where_it_broke(
     assert list(Path(".downloads").iterdir()) == []
 
 
-def test_two_downloads_of_one_archive_do_not_mix(mirror: Path, served: tuple[str, list[str | None]]) -> None:
+def test_two_downloads_of_one_archive_come_one_after_the_other(
+    mirror: Path, served: tuple[str, list[str | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They share what a broken download left. Seen failing without the lock."""
-    name = f"{ARCHIVES[0]}.zip"
+    name, both, met, get = f"{ARCHIVES[0]}.zip", threading.Barrier(2), list[int](), requests.get
+
+    def meet(*arguments: object, **options: object) -> requests.Response:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            met.append(both.wait(timeout=1))
+        return get(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fetch.requests, "get", meet)
+    targets = [Path(folder) / name for folder in ("one", "other")]
+    for target in targets:
+        target.parent.mkdir()
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda target: fetch.download(f"{served[0]}/{name}", Path(target)), ("one", "other")))
-    assert Path("one").read_bytes() == Path("other").read_bytes() == (mirror / name).read_bytes()
+        list(pool.map(lambda target: fetch.download(f"{served[0]}/{name}", target), targets))
+    assert not met and all(target.read_bytes() == (mirror / name).read_bytes() for target in targets)
     assert list(Path(".downloads").iterdir()) == []
 
 
