@@ -72,7 +72,9 @@ def main(
                 left_out = f", {skipped} meta-steps skipped (a loss or gradient was not finite)" if skipped else ""
                 say(f"seed {seed}: best at meta-step {result.best_step[r]}, validation {validation:.2f} %{left_out}")
             say(f"{time.monotonic() - began:.0f} s on {device}")
-            files.write_json(folder / "meta.json", stored.protocol._asdict() | provenance(cell, device) | {"seeds": seeds})
+            graph = {"cuda_graph": result.graph}
+            meta = stored.protocol._asdict() | provenance(cell, device) | graph | {"seeds": seeds}
+            files.write_json(folder / "meta.json", meta)
 
 
 def goes_on(path: Path) -> str:
