@@ -70,7 +70,7 @@ def main(
         "train_query": meta["train_query"],
         "train_rotations": meta["rotations"],
         "train_statistics": meta["statistics"],
-        "engine": meta["engine"],
+        **{fact: meta[fact] for fact in ("versions", "device", "threads", "engine", "cuda_graph")},  # of the training
         "meta_steps": meta["outer"]["meta_steps"],
         "meta_batch": meta["outer"]["meta_batch"],
         "inner_steps": hyper["inner_steps"],
