@@ -94,7 +94,7 @@ def rate_rows(repeats: int, device: torch.device, limit: float) -> list[list[obj
 
     def draw(count: int, way: int, shot: int) -> few_shot.Tasks:
         return few_shot.draw(
-            count, pool, way=way, images=2 * shot, drawers=characters.shape[1], rotations="classes", generator=random
+            count, pool, way=way, images=2 * shot, drawers=characters.shape[1], rotations="classes", generators=[random]
         )
 
     def sample(count: int, way: int, shot: int) -> Callable[[], object]:

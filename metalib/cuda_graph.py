@@ -12,8 +12,8 @@ class Captured:
     """`step` as a CUDA graph: recorded once, then launched as a whole, because its kernels are shorter than their launches.
 
     The first calls are plain ones, on a stream of their own, as recording wants it (pytorch.org/docs, "CUDA semantics"); they
-    make the optimisers' state and choose the convolutions' algorithms. Where a step cannot be recorded, a warning says why, and
-    plain calls go on.
+    choose the convolutions' algorithms, and make what is kept from step to step. Where a step cannot be recorded, a warning
+    says why, and plain calls go on.
     """
 
     def __init__(self, step: Callable[[], None], generators: list[torch.Generator], plain_calls: int = 3):
@@ -34,8 +34,7 @@ class Captured:
 
     def _plain(self) -> None:
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*capturable=True")  # Adam's, of steps outside of a graph
+        with torch.cuda.stream(self.stream):
             self.step()
         torch.cuda.current_stream().wait_stream(self.stream)
 

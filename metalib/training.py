@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
@@ -12,6 +12,7 @@ from torch import Tensor
 from metalib import tree
 from metalib.checkpoint import Checkpoint
 from metalib.cuda_graph import Captured
+from metalib.optimisers import Optimiser
 from metalib.types import MetaGradient, MetaLearner, Params, TaskBatch, TaskLoss
 
 
@@ -19,7 +20,7 @@ from metalib.types import MetaGradient, MetaLearner, Params, TaskBatch, TaskLoss
 class Outer:
     """The outer loop's own parameters."""
 
-    optimiser: Literal["adam", "sgd", "muon"]  # muon: torch.optim.Muon on convolution kernels, Adam on the rest
+    optimiser: Literal["adam", "sgd", "muon"]  # muon: on convolution kernels, Adam on the rest
     # Reptile's and Leap's meta-gradients are distances: a rate above 2 overshoots the adapted weights by more than the way
     # there. Gradients of mean losses are of order 1, too. 10 is beyond all of them.
     lr: float = Field(gt=0, le=10)  # of Adam or SGD
@@ -28,7 +29,7 @@ class Outer:
     schedule: Literal["constant", "linear", "cosine"]  # of every rate, from its value towards 0 after the last meta-step
     fixed_head: bool = False  # the head is adapted, but not meta-learned: with head_init zero, it starts a task at zero
     meta_steps: NonNegativeInt  # 0: nothing is learned, and the initial weights are validated once
-    meta_batch: PositiveInt  # tasks in a meta-step
+    meta_batch: int = Field(ge=1, le=100_000)  # tasks in a meta-step
     validations: PositiveInt  # evenly spaced; one more, at the end, where they do not divide meta_steps
 
     @model_validator(mode="after")
@@ -79,35 +80,25 @@ def meta_step(
     learner: MetaLearner,
     loss: TaskLoss,
     batch: TaskBatch,
-    params: Params,
-    optimisers: list[torch.optim.Optimizer],
+    optimiser: Optimiser,
     progress: Tensor,
     factor: Tensor,
     chunk: int | None = None,
 ) -> Tensor:
-    """One meta-step of R replicas: changes `params` (R, *shape) in place, returns each one's mean query loss, (R,).
+    """One meta-step of R replicas: changes the optimiser's params, returns each one's mean query loss, (R,).
 
     It never waits for the host (the tests run it on the `meta` device, where any look at a value raises). A replica whose query
     loss or gradient is not finite keeps its weights, and NaN is returned for it. `factor`, 0-dim, shortens the step:
     every optimiser here takes steps proportional to its rate, so this is the schedule, and it stays on the device.
     """
-    grads, query_losses = meta_gradient(learner, loss, params, batch, progress, chunk)
-    query_loss = query_losses.view(_replicas(params), -1).mean(1)
-    finite = query_loss.isfinite()
-    for value in grads.values():
-        finite = finite & value.reshape(len(value), -1).isfinite().all(1)
-    safe = {name: torch.where(tree.per_task(finite, value), value, 0) for name, value in grads.items()}
-    before = {name: value.clone() for name, value in params.items()}
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
-            for leaf, grad in zip(group["params"], _views(safe, group["names"], group["matrices"]), strict=True):
-                leaf.grad = grad
-        optimiser.step()
-    length = torch.where(finite, factor, 0)
-    with torch.no_grad():
-        for name, value in params.items():
-            value.copy_(torch.lerp(before[name], value, tree.per_task(length, value).to(value.dtype)))
-    return torch.where(finite, query_loss, torch.nan)
+    grads, query_losses = meta_gradient(learner, loss, optimiser.params, batch, progress, chunk)
+    query_loss = query_losses.view(_replicas(optimiser.params), -1).mean(1)
+    flat = optimiser.flat(grads)
+    largest = torch.maximum(flat.abs().amax(1), query_loss.abs())  # NaN where there is one
+    finite = largest < torch.inf
+    lost = ~finite
+    optimiser.step(flat.masked_fill_(lost.unsqueeze(1), 0), finite * factor)
+    return query_loss.masked_fill(lost, torch.nan)
 
 
 def meta_gradient(
@@ -121,9 +112,10 @@ def meta_gradient(
     each = len(batch.support_x) // count
     total, losses = dict[str, Tensor](), list[Tensor]()
     with tree.replicas(count):
-        for first in range(0, each, chunk or each):
-            part = batch if chunk is None else _part(batch, count, first, chunk)
-            grads, query_loss = learner.meta_gradient(loss, params, part, progress)
+        if chunk is None:
+            return learner.meta_gradient(loss, params, batch, progress)
+        for first in range(0, each, chunk):
+            grads, query_loss = learner.meta_gradient(loss, params, _part(batch, count, first, chunk), progress)
             losses.append(query_loss.view(count, -1))
             grads = tree.scale(losses[-1].shape[1] / each, grads)
             total = tree.axpy(1.0, grads, total) if total else grads
@@ -140,35 +132,12 @@ def _part(batch: TaskBatch, count: int, first: int, size: int) -> TaskBatch:
     return TaskBatch(support_x, support_y, query_x, query_y, None if batch.classes is None else some(batch.classes))
 
 
-def make_optimisers(params: Params, outer: Outer) -> list[torch.optim.Optimizer]:
-    """The outer optimisers over (views of) the meta-parameters (R, *shape), which they change in place.
-
-    Muon leaves the first layer's kernels to Adam: with one input channel they are hardly matrices, and an orthogonal
-    step would be several times longer for them than for the others. A fixed head is given to no optimiser (Kao, Chiu, Chen
-    2022, https://arxiv.org/abs/2106.15367, "zeroing trick": labels are random, so all it could learn is noise).
-    """
-    device = next(iter(params.values())).device
-    kernels = [name for name, value in tree.part(params, "conv").items() if outer.optimiser == "muon" and value.shape[-1] > 1]
-    learned = tree.without(params, "head.") if outer.fixed_head else params
-    others = [name for name in learned if name not in kernels]
-    if outer.optimiser == "sgd":
-        return [torch.optim.SGD([_group(params, others)], lr=outer.lr)]
-    # capturable: Adam's step counter lives on the device; torch refuses it where there are no graphs to capture
-    adam = torch.optim.Adam([_group(params, others)], lr=outer.lr, capturable=device.type not in ("cpu", "mps"))
-    if not kernels:
-        return [adam]
-    assert outer.kernel_lr is not None and outer.kernel_decay is not None
-    group = _group(params, kernels, matrices=True)
-    return [torch.optim.Muon([group], lr=outer.kernel_lr, weight_decay=outer.kernel_decay), adam]
-
-
-def _group(params: Params, names: list[str], matrices: bool = False) -> dict[str, Any]:
-    return {"params": _views(params, names, matrices), "names": names, "matrices": matrices}
-
-
-def _views(values: Params, names: list[str], matrices: bool) -> list[Tensor]:
-    """What an optimiser sees: values as they are, or each replica's kernels as (filters, 9 * channels in), which Muon wants."""
-    return [part for name in names for part in (values[name].flatten(2).unbind() if matrices else [values[name]])]
+def make_optimiser(params: Params, outer: Outer) -> Optimiser:
+    """The outer optimiser, which holds the meta-parameters (R, *shape) from now on."""
+    return Optimiser(
+        params, outer.optimiser, lr=outer.lr, kernel_lr=outer.kernel_lr, kernel_decay=outer.kernel_decay,
+        fixed_head=outer.fixed_head,
+    )  # fmt: skip
 
 
 def rate(schedule: str, progress: Tensor) -> Tensor:
@@ -205,8 +174,8 @@ class State:
     """Everything that changes while R replicas are trained: what a checkpoint holds."""
 
     def __init__(self, params: Params, outer: Outer, generators: list[torch.Generator]):
-        self.params = params  # (R, *shape), changed in place
-        self.optimisers = make_optimisers(params, outer)
+        self.optimiser = make_optimiser(params, outer)
+        self.params = self.optimiser.params  # (R, *shape), changed in place
         self.generators = generators
         self.best = Best(params)
         self.history = list[Progress]()
@@ -225,7 +194,7 @@ class State:
     def save(self, checkpoint: Checkpoint) -> None:
         checkpoint.save(
             step=self.step, best_step=self.best.step, best_score=self.best.score, best=self.best.params, params=self.params,
-            optimisers=[o.state_dict() for o in self.optimisers], generators=[g.get_state() for g in self.generators],
+            optimiser=self.optimiser.state, generators=[g.get_state() for g in self.generators],
             history=[tuple(row) for row in self.history], taken=self.taken,
         )  # fmt: skip
 
@@ -239,8 +208,7 @@ class State:
         self.taken = saved["taken"]
         for name, value in self.params.items():
             value.copy_(saved["params"][name])
-        for optimiser, kept in zip(self.optimisers, saved["optimisers"], strict=True):
-            optimiser.load_state_dict(kept)
+        self.optimiser.load(saved["optimiser"])
         for generator, kept in zip(self.generators, saved["generators"], strict=True):
             generator.set_state(kept.cpu())
         return True
@@ -278,8 +246,9 @@ def train(
         none of its last `report_every` was taken, it has diverged. The others are trained to their end, as if it had not.
     """
     starts = [learner.init(p) for p in params]
-    values = {name: torch.stack([start[name].detach() for start in starts]) for name in starts[0]}
-    state = State(values, outer, generators)
+    initial = {name: torch.stack([start[name].detach() for start in starts]) for name in starts[0]}
+    state = State(initial, outer, generators)
+    values = state.params
     if checkpoint and state.load(checkpoint):
         checkpoint.say(f"goes on from meta-step {state.step}")
         yield state.history[-1]
@@ -293,7 +262,7 @@ def train(
         progress = steps_done / outer.meta_steps
         batch = sample(generators, outer.meta_batch)
         factor = rate(outer.schedule, progress)
-        query_loss = meta_step(learner, loss, batch, values, state.optimisers, progress, factor, chunk)
+        query_loss = meta_step(learner, loss, batch, state.optimiser, progress, factor, chunk)
         steps_done.add_(1)
         finite = query_loss.isfinite()
         losses.add_(torch.where(finite, query_loss, 0))

@@ -4,12 +4,14 @@ import typer
 
 from stages import files, params
 from stages.command import console, one_sentence
+from stages.guard import guarded
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 @one_sentence
+@guarded("cells")
 def main() -> None:
     """Write data/cells: <setting>/<algorithm>.json, the values of a training; <setting>.json, the number of test tasks.
 

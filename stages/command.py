@@ -1,11 +1,14 @@
 """What every stage does around its work: one-sentence errors, the device, the process's memory and precision."""
 
 import ctypes
+import errno
 import functools
+import io
 import os
 import platform
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +18,13 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
+from safetensors import SafetensorError
 
 P = ParamSpec("P")
+SURROUNDINGS = (  # what a system lacks, and no code can mend: room, rights, handles
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE,
+)  # fmt: skip
+FULL = ("file write failed", *map(os.strerror, SURROUNDINGS))  # in the words of torch and of safetensors
 console = Console(stderr=False, soft_wrap=True)
 
 
@@ -25,11 +33,16 @@ def one_sentence(main: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        for stream in (sys.stdout, sys.stderr):  # a terminal without ± shows ? and loses no result
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         try:
             main(*args, **kwargs)
-        except ValueError as error:
-            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-            raise typer.Exit(1) from None
+        except Exception as error:
+            if (sentence := _sentence(error)) is None:
+                raise
+            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(sentence)}", highlight=False)
+            raise typer.Exit(getattr(error, "status", 1)) from None
 
     return wrapped
 
@@ -51,6 +64,24 @@ def stoppable(name: str, again: Callable[[], str]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _sentence(error: Exception) -> str | None:
+    """What a person can do about an error; None for a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError):
+        return text
+    if isinstance(error, OSError) and error.errno in SURROUNDINGS:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{os.strerror(error.errno)}; nothing half-written is left: make room or way, then run the same again"
+    if isinstance(error, RuntimeError | SafetensorError) and any(words in text for words in FULL):
+        return f"{text}; nothing half-written is left: make room or way, then run the same again"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+        return (
+            f"out of memory ({text[:200] or 'host'}); set METALIB_CHUNK to fewer tasks at a time than outer.meta_batch, "
+            "or lower outer.meta_batch"
+        )
+    return None
+
+
 def prepared(tf32: bool = False) -> torch.device:
     """The device to compute on; the process keeps freed memory, and float32 products are exact to float32 unless `tf32`."""
     device = chosen_device()
@@ -61,11 +92,13 @@ def prepared(tf32: bool = False) -> torch.device:
 
 def chosen_device() -> torch.device:
     """METALIB_DEVICE (cpu, cuda, cuda:1, mps), or the best there is. Not a param: it changes cost, not meaning."""
-    asked = os.environ.get("METALIB_DEVICE", "auto")
+    asked = os.environ.get("METALIB_DEVICE") or "auto"
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(asked)
+        if chosen.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("another kind of device")
         torch.zeros(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

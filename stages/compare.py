@@ -8,11 +8,13 @@ from typing import Annotated, Any, NamedTuple
 import matplotlib
 import torch
 import typer
+from numpy.typing import NDArray
 from rich.markdown import Markdown
 
 from metalib.comparison import Difference, differences
 from stages import files, tables
 from stages.command import console, one_sentence
+from stages.guard import guarded
 from stages.palette import style
 
 matplotlib.use("Agg")
@@ -35,6 +37,7 @@ class Curve(NamedTuple):
 
 @app.command()
 @one_sentence
+@guarded("compare")
 def main(
     setting: Annotated[str, typer.Argument(help="for instance 5w1s")],
     only: Annotated[list[str] | None, typer.Option(help="a learner to compare; may be given several times")] = None,
@@ -59,15 +62,15 @@ def main(
     text = page(setting, rows, pairs)
     if pairs:
         text += f"\nEvery pair with its interval and p: [{table}](../{table}).\n"
+    text += f"\n![Accuracy, learning curves and inner steps of {tables.title(rows)}]({setting}.png)\n"
+    with files.whole(Path(f"reports/{setting}.png")) as picture, files.whole(Path(f"reports/{setting}.md")) as beside:
+        draw(picture, setting, rows)
+        beside.write_text(text, encoding="utf-8")
+    if pairs:
         files.write_csv(table, [pair._asdict() for pair in pairs])
     else:
         with files.whole(table) as beside:
             beside.write_text(",".join(Difference._fields) + "\n")
-    text += f"\n![Accuracy, learning curves and inner steps of {tables.title(rows)}]({setting}.png)\n"
-    with files.whole(Path(f"reports/{setting}.md")) as beside:
-        beside.write_text(text)
-    with files.whole(Path(f"reports/{setting}.png")) as beside:
-        draw(beside, setting, rows)
     console.print(f"reports/{setting}.md: {len(rows)} algorithms, {len(pairs)} differences")
 
 
@@ -85,9 +88,17 @@ def compared(setting: str, rows: dict[str, dict[str, Any]]) -> list[Difference]:
     accuracies = {}
     for name in sorted(rows):
         with files.load_arrays(files.results_file(setting, name), f"evaluate@{name}-{setting}") as arrays:
-            accuracies[name] = torch.from_numpy(arrays["transductive"])[:, -1].mean(0)
+            accuracies[name] = torch.from_numpy(_fractions(arrays["transductive"]))[:, -1].mean(0)
     count = min(len(values) for values in accuracies.values())
     return differences({name: values[:count] for name, values in accuracies.items()})
+
+
+def _fractions(values: NDArray[Any]) -> NDArray[Any]:
+    """Accuracies (seeds, steps, tasks); ValueError for other arrays."""
+    fits = values.dtype.kind == "f" and values.ndim == 3 and values.size and values.shape[2] >= 2
+    if not fits or not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"{values.dtype} {values.shape} are no accuracies, in [0, 1], of two or more tasks")
+    return values
 
 
 def page(setting: str, rows: Rows, pairs: list[Difference]) -> str:
@@ -183,7 +194,9 @@ def curve(setting: str, name: str, file: str, x: str, y: str) -> Curve:
     try:
         with open(path, newline="") as table:
             points = [(int(row[x]), float(row[y])) for row in csv.DictReader(table)]
-    except (OSError, ValueError, KeyError) as error:
+        if not points or not all(0 <= point[1] <= 100 for point in points):
+            raise ValueError(f"{y} is to be a percentage in each of at least one row")
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read ({error}); make it with: dvc repro evaluate@{name}-{setting}") from None
     return Curve([point[0] for point in points], [point[1] for point in points])
 

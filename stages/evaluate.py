@@ -15,12 +15,15 @@ from metalib.comparison import interval
 from metalib.models.conv4 import Conv4
 from stages import files
 from stages.command import console, one_sentence, prepared
+from stages.guard import guarded
+from stages.provenance import refuse_misfit
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 @one_sentence
+@guarded("evaluate")
 def main(
     algorithm: Annotated[str, typer.Argument(help="a file of metalib/algorithms")],
     setting: Annotated[str, typer.Argument(help="for instance 5w1s")],
@@ -37,10 +40,11 @@ def main(
         meta = json.loads((folder / "meta.json").read_text())
         trained = [load_file(folder / f"seed{seed['seed']}.safetensors") for seed in meta["seeds"]]
         curve = learning_curve([folder / f"seed{seed['seed']}.csv" for seed in meta["seeds"]])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(
             f"{folder} is not a complete trained model ({error}); make it with: dvc repro meta_train@{algorithm}-{setting}"
         ) from None
+    refuse_misfit(meta, files.load_cell(setting, algorithm))
     stored = files.load_tasks(setting)
     count = files.load_test_count(setting)
     device = prepared()
@@ -66,7 +70,7 @@ def main(
         "train_query": meta["train_query"],
         "train_rotations": meta["rotations"],
         "train_statistics": meta["statistics"],
-        "engine": meta["engine"],
+        **{fact: meta[fact] for fact in ("versions", "device", "threads", "engine", "cuda_graph")},  # of the training
         "meta_steps": meta["outer"]["meta_steps"],
         "meta_batch": meta["outer"]["meta_batch"],
         "inner_steps": hyper["inner_steps"],

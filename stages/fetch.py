@@ -13,8 +13,10 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from metalib.data import glyphs, omniglot
+from metalib.files import locked
 from stages import files, params
 from stages.command import console, one_sentence
+from stages.guard import guarded
 
 MIRROR = "OMNIGLOT_MIRROR"
 ATTEMPTS = 4
@@ -26,15 +28,22 @@ REMEDIES = (
 app = typer.Typer(add_completion=False)
 
 
+class Unreachable(ValueError):
+    """No archive could be downloaded. Where the official host gave none, `make run` knows by the status, and takes glyphs."""
+
+    status = 3
+
+
 @app.command()
 @one_sentence
+@guarded("fetch")
 def main() -> None:
     """Write data/raw: the two archives, kept zipped, and digests.json with the sha256 of their content.
 
     Omniglot comes from its official host, or from the folder, file:// or http(s):// address in OMNIGLOT_MIRROR. Its content
     is checked against pinned digests, whatever the source. With data.source glyphs the archives are drawn.
     """
-    data = params.read().data
+    data, mirror = params.read().data, os.environ.get(MIRROR, "")
     with files.whole(files.RAW) as folder:
         folder.mkdir()
         if data.source == "glyphs":
@@ -44,8 +53,8 @@ def main() -> None:
         for name in omniglot.ARCHIVES:
             archive = folder / f"{name}.zip"
             if data.source == "omniglot":
-                obtain(archive, os.environ.get(MIRROR, ""))
-            digests[name] = omniglot.content_digest(archive)
+                obtain(archive, mirror)
+            digests[name] = omniglot.content_digest(archive, f"{archive.name} of {mirror or 'the official host'}")
             if data.source == "omniglot":
                 omniglot.require_digest(archive, digests[name], omniglot.DIGESTS[name])
             console.print(f"{archive.name}: content sha256 {digests[name]}")
@@ -53,7 +62,7 @@ def main() -> None:
 
 
 def obtain(archive: Path, mirror: str) -> None:
-    """Copy or download one archive to `archive`; ValueError says what to do when that fails."""
+    """Copy or download one archive to `archive`; ValueError (Unreachable: by the official host) says what to do if it fails."""
     if not mirror:
         from torchvision.datasets import Omniglot  # imported here: it is slow, and a mirror does not need it
 
@@ -64,11 +73,14 @@ def obtain(archive: Path, mirror: str) -> None:
         return
     address = urlsplit(mirror)
     if address.scheme in ("http", "https"):
-        download(f"{mirror.rstrip('/')}/{archive.name}", archive)
+        try:
+            download(f"{mirror.rstrip('/')}/{archive.name}", archive)
+        except Unreachable as error:  # who names a mirror wants Omniglot
+            raise ValueError(str(error)) from None
         return
     if address.scheme not in ("", "file"):
         raise ValueError(f"{MIRROR}: {mirror!r} is not a folder, file:// or http(s):// address")
-    source = Path(unquote(address.path) if address.scheme else mirror) / archive.name
+    source = Path(unquote(address.path) if address.scheme else mirror).expanduser() / archive.name
     if not source.is_file():
         raise ValueError(f"{MIRROR}: {source} does not exist; {REMEDIES}")
     shutil.copyfile(source, archive)
@@ -80,7 +92,7 @@ def download(url: str, archive: Path, pause: float = 1.0) -> None:
     partial = PARTIAL / f"{archive.name}.part"
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     reason = ""
-    with Progress(*columns, console=console) as bar:
+    with locked(partial.with_suffix(".lock")), Progress(*columns, console=console) as bar:
         task = bar.add_task(archive.name, total=None)
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -92,7 +104,7 @@ def download(url: str, archive: Path, pause: float = 1.0) -> None:
                         partial.unlink()
                         continue
                     if 400 <= answer.status_code < 500:
-                        raise ValueError(f"{url} answered {answer.status_code} {answer.reason}; {REMEDIES}")
+                        raise Unreachable(f"{url} answered {answer.status_code} {answer.reason}; {REMEDIES}")
                     answer.raise_for_status()
                     if answer.status_code != 206:
                         have = 0
@@ -107,9 +119,9 @@ def download(url: str, archive: Path, pause: float = 1.0) -> None:
             except requests.RequestException as error:
                 reason = type(error).__name__ if not str(error) else _innermost(error)
                 continue
-            os.replace(partial, archive)
+            shutil.move(partial, archive)  # data may be on another disk
             return
-    raise ValueError(f"{url} could not be downloaded in {ATTEMPTS} attempts ({reason}); {REMEDIES}")
+    raise Unreachable(f"{url} could not be downloaded in {ATTEMPTS} attempts ({reason}); {REMEDIES}")
 
 
 def _innermost(error: BaseException) -> str:

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import zipfile
 import zlib
@@ -17,14 +18,16 @@ import torch
 from pydantic import ValidationError
 
 from metalib.complaints import describe
-from metalib.data.omniglot import Characters
+from metalib.data.omniglot import DRAWERS, Characters
 from metalib.data.tasks import Protocol, Tasks
-from metalib.files import whole as whole  # stages write with files.whole
+from metalib.files import whole as written
+from stages import guard
 from stages.params import Cell
 
 RAW = Path("data/raw")
 CHARACTERS = Path("data/characters.npz")
 CELLS = Path("data/cells")
+LARGEST = 1 << 31  # bytes of an array; all of Omniglot in its original size has a sixth of them
 
 
 def tasks_file(setting: str) -> Path:
@@ -50,10 +53,6 @@ def model_folder(setting: str, algorithm: str) -> Path:
     return Path(f"models/{setting}/{algorithm}")
 
 
-def cell_file(setting: str, algorithm: str) -> Path:
-    return CELLS / setting / f"{algorithm}.json"
-
-
 def results_file(setting: str, algorithm: str) -> Path:
     return Path(f"results/{setting}/{algorithm}.npz")
 
@@ -74,6 +73,14 @@ def plots_folder(setting: str, algorithm: str) -> Path:
 def study_file(name: str) -> Path:
     """What a study has found, before it becomes a page."""
     return Path(f"results/studies/{name}.json")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """As metalib.files.whole; and ValueError, and nothing replaced, where an input of the stage has changed since it began."""
+    with written(path) as beside:
+        yield beside
+        guard.check()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -103,6 +110,13 @@ def save_arrays(path: Path, **arrays: Any) -> None:
 def load_characters() -> Characters:
     with load_arrays(CHARACTERS, "preprocess") as arrays:
         values = {name: arrays[name] for name in Characters._fields}
+        images = values["images"]
+        if (
+            images.dtype != np.uint8
+            or images.shape[1:] != (DRAWERS, *images.shape[-1:] * 2)
+            or any(values[name].shape != images.shape[:1] for name in ("alphabets", "characters", "background"))
+        ):
+            raise ValueError(f"arrays of {images.dtype}, {images.shape}, are no characters")
         return Characters(**values | {name: str(arrays[name]) for name in ("source", "drawn")})
 
 
@@ -117,12 +131,19 @@ class TaskFile(NamedTuple):
 
 def load_tasks(setting: str) -> TaskFile:
     with load_arrays(tasks_file(setting), f"split@{setting}") as arrays:
-        validation, test = (
-            Tasks(*(torch.from_numpy(arrays[f"{part}_{name}"].astype(np.int64)) for name in Tasks._fields))
-            for part in ("validation", "test")
-        )
+        validation, test = (_tasks(part, arrays) for part in ("validation", "test"))
         protocol = Protocol(**{name: arrays[f"protocol_{name}"].item() for name in Protocol._fields})
         return TaskFile(torch.from_numpy(arrays["train"]), validation, test, protocol)
+
+
+def _tasks(part: str, arrays: Any) -> Tasks:
+    """The validation or the test tasks; ValueError for one that is of other characters, drawers or turns than there are."""
+    tasks = [arrays[f"{part}_{name}"] for name in Tasks._fields]
+    known = (arrays[part], range(DRAWERS), range(4))
+    for name, index, allowed in zip(Tasks._fields, tasks, known, strict=True):
+        if index.dtype.kind not in "iu" or index.shape[:2] != tasks[0].shape or not np.isin(index, list(allowed)).all():
+            raise ValueError(f"{part}_{name} are not those of tasks")
+    return Tasks(*(torch.from_numpy(index.astype(np.int64)) for index in tasks))
 
 
 def load_cell(setting: str, algorithm: str) -> Cell:
@@ -130,7 +151,7 @@ def load_cell(setting: str, algorithm: str) -> Cell:
     known = sorted(path.stem for path in (CELLS / setting).glob("*.json"))
     if known and algorithm not in known:
         raise ValueError(f"algorithm: {algorithm!r} has no cell in {setting}; there are {', '.join(known)}")
-    return _cell(_load_json(cell_file(setting, algorithm)))
+    return _cell(_load_json(CELLS / setting / f"{algorithm}.json"))
 
 
 def load_protocol_cells() -> dict[str, Cell]:
@@ -163,10 +184,27 @@ def _cell(values: Any) -> Cell:
 def load_arrays(path: Path, stage: str) -> Iterator[Any]:
     """The arrays of a .npz that `stage` makes; ValueError when it is missing, damaged, or of another version."""
     try:
+        _require_room(path)
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"{damaged} is damaged")
         with np.load(path) as arrays:
             yield arrays
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read ({error}); make it with: dvc repro {stage}") from None
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = " ".join(str(error).split())[:300]  # zipfile quotes whole names
+        raise ValueError(f"{path} cannot be read ({reason}); make it with: dvc repro {stage}") from None
+
+
+def _require_room(path: Path) -> None:
+    """ValueError for an array whose header promises other bytes than follow it, or more than LARGEST: they are allocated."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                try:
+                    shape, _, dtype = header[np.lib.format.read_magic(file)](file)
+                except Exception as error:  # it is parsed as Python's literals, whose complaints are of many kinds
+                    raise ValueError(f"{member.filename}: {error}") from None
+                promised = math.prod(shape) * dtype.itemsize
+                if dtype.hasobject or promised > LARGEST or file.tell() + promised != member.file_size:
+                    raise ValueError(f"{member.filename}: {shape} of {dtype} in {member.file_size} bytes")

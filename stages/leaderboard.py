@@ -7,12 +7,14 @@ import typer
 
 from stages import files, tables
 from stages.command import console, one_sentence
+from stages.guard import guarded
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 @one_sentence
+@guarded("leaderboard")
 def main() -> None:
     """Write reports/leaderboard.md and plots/leaderboard.csv from every result in metrics/."""
     found = {setting: tables.results(setting) for setting in tables.settings()}
@@ -42,7 +44,7 @@ def main() -> None:
         "Each is of 600 tasks with as many query images per class as shots; Reptile's are of 10,000 tasks with one.",
     ]
     with files.whole(Path("reports/leaderboard.md")) as beside:
-        beside.write_text("\n\n".join(text) + "\n")
+        beside.write_text("\n\n".join(text) + "\n", encoding="utf-8")
     columns = ("accuracy", "ci95", "inductive", "budget", "data")
     files.write_csv(
         Path("plots/leaderboard.csv"),
@@ -57,10 +59,10 @@ def main() -> None:
 
 
 def ranked(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
-    """Every learner, by its accuracy in the first setting; those that lack it follow, by the next."""
+    """Every learner, by its accuracy in the first setting; those that lack it follow, by the next; equals by name."""
 
-    def rank(name: str) -> list[float]:
-        return [-rows[name]["accuracy"] if name in rows else math.inf for rows in found.values()]
+    def rank(name: str) -> list[float | str]:
+        return [*(-rows[name]["accuracy"] if name in rows else math.inf for rows in found.values()), name]
 
     return sorted({name for rows in found.values() for name in rows}, key=rank)
 

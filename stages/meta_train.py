@@ -20,8 +20,10 @@ from metalib.data import tasks
 from metalib.models.loss import Conv4Loss, engine
 from metalib.randomness import generator
 from metalib.types import Params, TaskBatch
-from stages import files, params
+from stages import files, guard, params
 from stages.command import console, one_sentence, prepared, stoppable
+from stages.guard import guarded
+from stages.provenance import provenance
 
 app = typer.Typer(add_completion=False)
 Steps = Iterator[training.Progress | training.Result]
@@ -29,6 +31,7 @@ Steps = Iterator[training.Progress | training.Result]
 
 @app.command()
 @one_sentence
+@guarded("meta_train")
 def main(
     algorithm: Annotated[str, typer.Argument(help="a file of metalib/algorithms")],
     setting: Annotated[str, typer.Argument(help="for instance 5w1s")],
@@ -42,6 +45,7 @@ def main(
     device = prepared(cell.tf32)
     name = f"{algorithm} {setting}"
     path = files.checkpoint(f"{algorithm}-{setting}-{fingerprint(cell, device)}")
+    guard.check()  # the code that was loaded is the code of the fingerprint
 
     def say(text: str) -> None:
         console.print(f"{name}: {text}", highlight=False)
@@ -64,26 +68,13 @@ def main(
                 files.write_csv(folder / f"seed{seed}.csv", history(result.history, r))
                 validation = round(100 * result.validation[r], 2)
                 seeds.append({"seed": seed, "best_step": result.best_step[r], "validation": validation})
-                say(f"seed {seed}: best at meta-step {result.best_step[r]}, validation {validation:.2f} %")
+                skipped = sum(row.skipped[r] for row in result.history)
+                left_out = f", {skipped} meta-steps skipped (a loss or gradient was not finite)" if skipped else ""
+                say(f"seed {seed}: best at meta-step {result.best_step[r]}, validation {validation:.2f} %{left_out}")
             say(f"{time.monotonic() - began:.0f} s on {device}")
-            network = params.make_network(cell, way=stored.protocol.way, image_size=28)
-            meta = {
-                **stored.protocol._asdict(),
-                **cell.model_dump(mode="json", exclude={"seeds", "own"}),
-                "engine": engine(network, device),
-                "seeds": seeds,
-            }
+            graph = {"cuda_graph": result.graph}
+            meta = stored.protocol._asdict() | provenance(cell, device) | graph | {"seeds": seeds}
             files.write_json(folder / "meta.json", meta)
-            refuse_change(cell)
-
-
-def refuse_change(cell: params.Cell) -> None:
-    """ValueError when the cell's file no longer holds the values that are trained with."""
-    if files.load_cell(cell.setting, cell.algorithm) != cell:
-        raise ValueError(
-            f"the values of {cell.algorithm} {cell.setting} changed while it was training; nothing was recorded, run it again "
-            "(with the old values it goes on where it was)"
-        )
 
 
 def goes_on(path: Path) -> str:
@@ -103,20 +94,11 @@ def train(cell: params.Cell, stored: files.TaskFile, device: torch.device, check
     pool = stored.train.to(device)
 
     def sample(randoms: list[torch.Generator], count: int) -> TaskBatch:
-        drawn = [
-            tasks.draw(
-                count,
-                pool,
-                way=way,
-                images=cell.train_shot + cell.train_query,
-                drawers=characters.shape[1],
-                rotations=cell.rotations,
-                generator=random,
-            )
-            for random in randoms
-        ]
-        joined = tasks.Tasks(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
-        batch = tasks.gather(characters, joined, cell.train_shot)
+        drawn = tasks.draw(
+            count, pool, way=way, images=cell.train_shot + cell.train_query, drawers=characters.shape[1],
+            rotations=cell.rotations, generators=randoms,
+        )  # fmt: skip
+        batch = tasks.gather(characters, drawn, cell.train_shot)
         return tasks.with_support(batch) if cell.statistics == "inductive" else batch
 
     def score(weights: Params) -> float:
@@ -180,7 +162,7 @@ def columns(name: str) -> list[ProgressColumn]:
 def follow(cell: params.Cell, steps: Steps) -> training.Result:
     """Show the training as it goes, a bar on a terminal and a line per validation elsewhere; returns its result.
 
-    ValueError at the first validation after the cell's file was changed.
+    ValueError at the first validation after an input of the stage has changed.
     """
     name, total = f"{cell.algorithm} {cell.setting}", cell.outer.meta_steps
     accuracy, rate, first, began, ended = "", "", None, 0.0, list[int]()
@@ -204,8 +186,8 @@ def follow(cell: params.Cell, steps: Steps) -> training.Result:
                 loss = f"query loss {_mean(now.query_loss):.4f} " if now.step else ""  # no step, no loss
                 news = f"{loss}validation {accuracy}"
                 console.print(f"{name}: meta-step {now.step} of {total}  {rate}  {news}", highlight=False)
-            if now.validation is not None and files.cell_file(cell.setting, cell.algorithm).exists():  # `cells` may be at work
-                refuse_change(cell)
+            if now.validation is not None:
+                guard.check()  # rather now than after hours; the checkpoint stays
     raise AssertionError("a training ends with its result")
 
 

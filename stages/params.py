@@ -1,6 +1,8 @@
 """params.yaml, read in one place and checked once; an unknown key is refused, by name."""
 
+import math
 import re
+import reprlib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -10,7 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from metalib import algorithms
-from metalib.complaints import checked, describe
+from metalib.complaints import checked
 from metalib.data.glyphs import Glyphs
 from metalib.data.omniglot import DRAWERS, Resize
 from metalib.data.splits import Split
@@ -20,6 +22,10 @@ from metalib.training import Outer
 
 FILE = Path("params.yaml")
 CHARACTERS = 1623  # of Omniglot
+CLASSES = 1_000_000  # of joint training, at most: the head has a row for each
+STORED = 100_000  # evaluation tasks, at most: they are drawn at once
+SETTING = r"[1-9][0-9]*w[1-9][0-9]*s"
+VALUES, DEPTH = 100_000, 20  # of the file, at most: aliases of aliases multiply
 Budgets = Literal["quick", "paper"]
 Values = dict[str, Any]
 T = TypeVar("T")
@@ -41,8 +47,8 @@ class Tasks(Section):
 
     seed: int
     rotations: Literal["tasks", "none"]
-    validation: PositiveInt
-    test: PositiveInt
+    validation: int = Field(ge=1, le=STORED)
+    test: int = Field(ge=2, le=STORED)
     query: PositiveInt | None  # query images per class; None: as many as shots
 
 
@@ -59,13 +65,13 @@ class Counts(Section):
 
     validations: PositiveInt  # in a training
     validation_tasks: PositiveInt
-    test_tasks: PositiveInt
+    test_tasks: int = Field(ge=2)  # an interval needs two
 
 
 class Budget(Section):
     """What all algorithms share, which their own sections may override."""
 
-    seeds: PositiveInt
+    seeds: int = Field(ge=1, le=100)  # trained together
     counts: dict[str, Values]  # Counts: common, and a setting's own over it
     network: Values  # of Conv4
     outer: Values  # of Outer
@@ -132,13 +138,44 @@ def read() -> File:
     """params.yaml of the working folder; ValueError says what is wrong in it."""
     try:
         # The reader DVC uses: YAML 1.2, where 1e-3 is a number.
-        return File(**YAML(typ="safe").load(FILE))
+        values = YAML(typ="safe").load(FILE)
     except FileNotFoundError:
         raise ValueError(f"{FILE} is not in {Path.cwd()}; run from the project's root") from None
-    except (YAMLError, TypeError) as error:
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{FILE} is not a YAML mapping: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        raise ValueError(describe(error, str(FILE))) from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{FILE} is not a YAML mapping but {reprlib.repr(values)}")
+    _require_plain(values)
+    file = checked(File, values, str(FILE))
+    for name in file.settings:
+        if not re.fullmatch(SETTING, name):
+            raise ValueError(f"settings: {name!r} is not of the form 5w1s (5 classes, 1 support image of each)")
+        if file.settings.count(name) > 1:
+            raise ValueError(f"settings: {name!r} is listed twice")
+    return file
+
+
+def _require_plain(values: Values) -> None:
+    """ValueError for what is no finite number, word, list or mapping with words for keys, or has no end."""
+    waiting: list[tuple[str, Any, int]] = [(str(FILE), values, 0)]
+    seen = 0
+    while waiting:
+        where, value, depth = waiting.pop()
+        seen += 1
+        if seen > VALUES or depth > DEPTH:
+            raise ValueError(f"{where}: more than {VALUES} values, or {DEPTH} levels of them; do aliases contain each other?")
+        if isinstance(value, dict):
+            if strange := [key for key in value if not isinstance(key, str)]:
+                raise ValueError(f"{where}: the key {reprlib.repr(strange[0])} is no word; write it in quotes")
+            waiting += [(f"{where}.{key}", part, depth + 1) for key, part in reversed(value.items())]
+        elif isinstance(value, list):
+            waiting += [(f"{where}.{place}", part, depth + 1) for place, part in reversed(list(enumerate(value)))]
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where}: {value} is no finite number")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{where}: {reprlib.repr(value)} is beyond 64 bits")
+        elif not isinstance(value, str | float | int | None):
+            raise ValueError(f"{where}: a {type(value).__name__} is neither a number, a word, a list nor a mapping")
 
 
 def setting(file: File, name: str) -> Setting:
@@ -195,12 +232,13 @@ def cell(file: File, algorithm: str, setting_name: str, budget: Budgets | None =
     network, outer, test, train = groups.values()
     if "classes" in {field.name for field in fields(algorithms.learner_class(algorithm))}:
         values.setdefault("classes", joint_classes(file))
-        if isinstance(values["classes"], int) and values["classes"] < joint_classes(file):
-            raise ValueError(
-                f"{where}.classes: {values['classes']}, but the characters in 4 quarter turns are {joint_classes(file)}"
-            )
     algorithms.build(algorithm, values)  # refuses what is missing, unknown or out of range, before anything runs
     algorithms.build(algorithm, values | test)
+    for classes in (some["classes"] for some in (values, test) if "classes" in some):
+        if classes < joint_classes(file):
+            raise ValueError(f"{where}.classes: {classes}, but the characters in 4 quarter turns are {joint_classes(file)}")
+        if classes > CLASSES:
+            raise ValueError(f"{where}.classes: {classes}, but at most {CLASSES} can be trained jointly")
     outer_loop = checked(Outer, outer, f"{where}.outer")
     if "carried" in (values.get("moments"), test.get("moments")) and (outer_loop.optimiser != "sgd" or outer_loop.lr > 1):
         raise ValueError(
@@ -211,6 +249,11 @@ def cell(file: File, algorithm: str, setting_name: str, budget: Budgets | None =
     shot, query = images.shot or shape.shot, images.query or shape.query
     if shot + query > DRAWERS:
         raise ValueError(f"{where}.train: {shot} support and {query} query images of a class, but each has only {DRAWERS}")
+    if given := sorted({"way", "image_size"} & network.keys()):
+        raise ValueError(
+            f"{where}.network.{given[0]} is not a parameter here (value {reprlib.repr(network[given[0]])}); "
+            "the setting has the way, data.image_size the size"
+        )
     made = Cell(
         algorithm=algorithm,
         setting=setting_name,
@@ -228,7 +271,7 @@ def cell(file: File, algorithm: str, setting_name: str, budget: Budgets | None =
         validation_tasks=measured.validation_tasks,
         own=sorted(_dotted(own)),
     )
-    make_network(made, way=2, image_size=file.data.image_size)
+    checked(Conv4, {"way": 2, "image_size": file.data.image_size} | network, f"{where}.network")
     return made
 
 

@@ -7,12 +7,14 @@ import typer
 from metalib.data import omniglot
 from stages import files, params
 from stages.command import console, one_sentence
+from stages.guard import guarded
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 @one_sentence
+@guarded("preprocess")
 def main() -> None:
     """Write data/characters.npz: images uint8 (characters, 20, size, size), ink 255, with the characters' names.
 
@@ -22,8 +24,9 @@ def main() -> None:
     digests = omniglot.DIGESTS
     if data.source == "glyphs":  # the program that drew them says what they are
         try:
-            digests = json.loads((files.RAW / "digests.json").read_text())
-        except (OSError, ValueError) as error:
+            written = json.loads((files.RAW / "digests.json").read_text())
+            digests = {name: str(written[name]) for name in omniglot.ARCHIVES}
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{files.RAW} holds no glyphs ({error}); make them with: dvc repro fetch") from None
     background, evaluation = (files.RAW / f"{name}.zip" for name in omniglot.ARCHIVES)
     characters = omniglot.read((background, evaluation), digests, data.source, data.image_size, data.resize)

@@ -11,12 +11,14 @@ from metalib.data.omniglot import DRAWERS
 from metalib.randomness import generator
 from stages import files, params
 from stages.command import console, one_sentence
+from stages.guard import guarded
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 @one_sentence
+@guarded("split")
 def main(setting: Annotated[str, typer.Argument(help="for instance 5w1s")]) -> None:
     """Write data/tasks/<setting>.npz: the split's characters, and the validation and test tasks as indices.
 
@@ -36,7 +38,7 @@ def main(setting: Annotated[str, typer.Argument(help="for instance 5w1s")]) -> N
                 images=shape.shot + shape.query,
                 drawers=DRAWERS,
                 rotations=file.tasks.rotations,
-                generator=generator(file.tasks.seed, part, setting),
+                generators=[generator(file.tasks.seed, part, setting)],
             )
         except ValueError as error:
             raise ValueError(f"setting {setting}, {part} characters of split.scheme {file.split.scheme}: {error}") from None

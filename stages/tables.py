@@ -5,12 +5,46 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
+from typing_extensions import TypedDict
+
+from metalib.complaints import checked
 from stages import files
 
 METRICS = Path("metrics")
 PUBLISHED = Path(__file__).with_name("published.csv")
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+class Result(TypedDict):
+    """What the pages read of a metrics file and its provenance; there may be more."""
+
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)  # type: ignore[misc]
+
+    accuracy: Percent
+    ci95: Percent
+    inductive: Percent
+    inductive_ci95: Percent
+    seed_std: NotRequired[Percent]
+    budget: str
+    data: str
+    images: str
+    split: str
+    test_rotations: str
+    train_rotations: str
+    train_statistics: str
+    way: PositiveInt
+    shot: PositiveInt
+    query: PositiveInt
+    tasks: PositiveInt
+    seeds: PositiveInt
+    train_shot: PositiveInt
+    train_query: PositiveInt
+    meta_steps: NonNegativeInt
+    meta_batch: PositiveInt
+    inner_steps: NonNegativeInt
 
 
 def settings() -> list[str]:
@@ -28,15 +62,26 @@ def results(setting: str, names: Sequence[str] | None = None) -> dict[str, dict[
     """algorithm -> its metrics and their protocol, for these learners or for all, the most accurate first."""
     rows = {}
     for name in learners(setting) if names is None else names:
+        values: dict[str, Any] = {}
+        paths = (files.run_file(setting, name), files.metrics_file(setting, name))
         try:
-            rows[name] = {
-                key: value
-                for path in (files.run_file(setting, name), files.metrics_file(setting, name))
-                for key, value in json.loads(path.read_text()).items()
-            }
+            for path in paths:
+                values |= _mapping(path)
+            checked(Result, values, " and ".join(map(str, paths)))
         except (OSError, ValueError) as error:
             raise ValueError(f"a result cannot be read ({error}); make it with: dvc repro evaluate@{name}-{setting}") from None
+        rows[name] = values
     return dict(sorted(rows.items(), key=lambda item: -item[1]["accuracy"]))
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a mapping")
+    return found
 
 
 def published() -> dict[tuple[str, str], tuple[str, str]]:

@@ -1,4 +1,9 @@
-"""The slides' exhibits beyond the table of accuracies, one room each: `python -m studies.<name>`, or `dvc repro <name>`.
+"""The slides' exhibits beyond the table of accuracies, one room each: `dvc repro page@<name>`.
 
-A room holds the study's numbers (schema), what it computes, its figure and its page (a template).
+A room holds the study's numbers (schema), what it computes (`python -m studies.<name>`), and its figure and page, a template
+(`python -m studies.page <name>`).
 """
+
+from stages import guard  # first of all: it takes the digests of the code that is loaded after it
+
+__all__ = ["guard"]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from stages import files, tables
 from stages.command import console
 
-PAGES = jinja2.Environment(
+PAGES = jinja2.Environment(  # noqa: S701  # the pages are Markdown
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
@@ -79,13 +79,12 @@ def write(
         data: plots/studies/<name>/<table>.csv for each table, a list of rows.
         metrics: reports/studies/<name>.metrics.json, the few numbers to compare commits by.
     """
-    with files.whole(Path(f"plots/studies/{name}")) as folder:
+    with files.whole(Path(f"plots/studies/{name}")) as folder, files.whole(Path(f"reports/studies/{name}.png")) as picture:
+        figure.savefig(picture, dpi=120, format="png", metadata={"Software": None})
         folder.mkdir()
         for table, rows in data.items():
             files.write_csv(folder / f"{table}.csv", rows)
-    with files.whole(Path(f"reports/studies/{name}.png")) as beside:
-        figure.savefig(beside, dpi=120, format="png", metadata={"Software": None})
     with files.whole(Path(f"reports/studies/{name}.md")) as beside:
-        beside.write_text(page.rstrip() + "\n")
+        beside.write_text(page.rstrip() + "\n", encoding="utf-8")
     files.write_json(Path(f"reports/studies/{name}.metrics.json"), metrics)
     console.print(f"reports/studies/{name}.md", highlight=False)

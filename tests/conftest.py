@@ -75,6 +75,7 @@ def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Edit:
     """A folder with a tiny params.yaml to work in; call it to change the file."""
     file = tmp_path / "params.yaml"
     file.write_text((ROOT / "params.yaml").read_text())
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
     shrink(file)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMNIGLOT_MIRROR", raising=False)
@@ -85,9 +86,9 @@ def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Edit:
 
 @pytest.fixture
 def stage() -> Stage:
-    """Run a stage's command; returns its output, which is the sentence when it is expected to fail."""
+    """Run a stage's command; returns its output, which is the sentence when it is expected to fail (with this status)."""
 
-    def run(app: Typer, *arguments: str, fails: bool = False) -> str:
+    def run(app: Typer, *arguments: str, fails: int = 0) -> str:
         outcome = CliRunner().invoke(app, arguments)
         assert outcome.exit_code == int(fails), outcome.output
         return " ".join(outcome.output.split())

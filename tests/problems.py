@@ -1,11 +1,14 @@
 """Tasks with known answers, and slow references to compare with."""
 
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from ruamel.yaml import YAML
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metalib import algorithms, tree
 from metalib.models.conv4 import Conv4
@@ -93,6 +96,22 @@ def peak_saved(run: Callable[[], object]) -> int:
         run()
     assert live == 0  # nothing outlives the call
     return peak
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that launch kernels on a GPU: not views of tensors, nor memory that nothing is written to."""
+
+    FREE = ("_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in self.FREE:
+            self.count[name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def image_batch(tasks: int, way: int, shot: int, query: int, dtype: torch.dtype = torch.float64, size: int = 28) -> TaskBatch:

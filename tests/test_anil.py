@@ -81,6 +81,30 @@ def test_the_body_is_evaluated_once_per_set(steps: int) -> None:
     assert loss.sets == 3
 
 
+@pytest.mark.parametrize(("steps", "zero", "same"), [(1, True, True), (2, True, False), (1, False, False)])
+def test_with_a_head_of_zero_one_step_of_maml_is_anil(steps: int, zero: bool, same: bool) -> None:
+    """Through a head of zero no gradient reaches the body, so MAML's inner step moves the head alone: the adapted weights
+    and the body's meta-gradient are ANIL's. Not so after a second step, nor for a head that has been learned; and the
+    head's own meta-gradient is another, since it knows that a head that is not zero would let the body move.
+
+    Seen failing with the body left out of the inner step.
+    """
+    params, batch = problems.smooth_problem()
+    if zero:
+        params |= {name: torch.zeros_like(value) for name, value in params.items() if name.startswith("head.")}
+    maml = algorithms.build("maml", {"inner_lr": 0.4, "inner_steps": steps})
+    adapted, grads = [], []
+    for learner in (anil(steps), maml):
+        adapted.append(learner.adapt(problems.smooth_loss, params, batch.support_x, batch.support_y))
+        grads.append(learner.meta_gradient(problems.smooth_loss, params, batch).grads)
+    assert close(*adapted, list(params)) == close(*grads, ["a", "b", "norm.weight"]) == same
+    assert not close(*grads, ["head.weight"])
+
+
+def close(found: Params, expected: Params, names: list[str]) -> bool:
+    return all(torch.allclose(found[name], expected[name], rtol=1e-13, atol=1e-15) for name in names)
+
+
 def test_a_whole_loss_is_refused_in_one_sentence() -> None:
     """And so are weights without a head. Seen failing with either check left out: AttributeError, KeyError."""
     params, batch = problems.smooth_problem()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import accuracy, convolutions, peers, plan, report, speed, step_cost, work
+from benchmarks import accuracy, convolutions, peers, plan, report, reproducibility, speed, step_cost, work
 from benchmarks.peers import libraries, loop, vmap
 from metalib import algorithms
-from stages import cells, fetch, meta_train, preprocess, split
+from stages import cells, fetch, meta_train, params, preprocess, split
 from tests import problems
 from tests.conftest import Edit, Stage
 
@@ -133,3 +133,24 @@ def test_what_trainings_cost(edit: Edit, stage: Stage, monkeypatch: pytest.Monke
     stage(accuracy.app, "--limit", "0.01")
     text = Path("benchmarks/results/accuracy.md").read_text()
     assert all(f"| {row} | " in text for row in ("maml | quick | 4", "scratch | quick | 0 | 0.0", "maml | paper | 0"))
+
+
+def test_how_far_apart_trainings_end(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same training twice, and one of more meta-steps that stands for another engine."""
+    edit()
+    stage(fetch.app)
+    stage(preprocess.app)
+    stage(split.app, "5w1s")
+    other = reproducibility.Means("other", {})
+    monkeypatch.setattr(reproducibility, "means", lambda cell: [reproducibility.Means("first", {}), other])
+
+    def here(one: reproducibility.Means, steps: int, tasks: int, names: list[str]) -> dict[str, reproducibility.Model]:
+        cells = [params.cell(params.read(), name, "5w1s") for name in names]
+        return {cell.algorithm: reproducibility.train(cell, steps + (one == other), tasks) for cell in cells}
+
+    monkeypatch.setattr(reproducibility, "in_fresh_process", here)
+    stage(reproducibility.app, "--steps", "2", "--tasks", "3", "--learners", "maml,scratch")
+    text = Path("benchmarks/results/reproducibility.md").read_text()
+    assert all(f"| {row} | 0 | 0 | 0 | 0 |" in text for row in ("maml | first", "scratch | first", "scratch | other"))
+    assert "| maml | other | 0 | " in text and "| maml | other | 0 | 0 |" not in text
+    assert "'mamel' is not among" in stage(reproducibility.app, "--learners", "mamel", fails=True)

@@ -134,7 +134,7 @@ def test_a_killed_process_holds_nothing_up_and_is_cleared_away(tmp_path: Path) -
     """SIGKILL while it holds the lock and writes a folder. Seen failing with a name that depends on the path alone."""
     context = multiprocessing.get_context("fork")
     path, ready = tmp_path / "run.pt", context.Event()
-    process = context.Process(target=hold, args=(path, ready))
+    process = context.Process(target=hold, args=(path, ready), daemon=True)
     process.start()
     assert ready.wait(60) and process.pid
     with files.whole(path.with_suffix(".json")) as beside:  # of one that lives, nothing is taken

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import string
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def result(setting: str, name: str, accuracy: float, seeds: int = 1, tasks: int 
 def four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with four learners' results in one setting, and no params.yaml."""
     monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
     for name, accuracy in ACCURACY.items():
         result("5w1s", name, accuracy)
     return tmp_path
@@ -77,6 +79,7 @@ def test_only_some_of_them_are_printed_and_nothing_is_written(four: Path, stage:
 
 def test_one_learner_alone_has_no_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Stage) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
     result("10w2s", "scratch", 0.3)
     stage(compare.app, "10w2s")
     assert Path("plots/differences/10w2s.csv").read_text() == "first,second,mean,ci95,p\n"
@@ -148,4 +151,5 @@ def test_the_leaderboard_is_of_what_lies_in_metrics(four: Path, stage: Stage) ->
 
 def test_a_leaderboard_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Stage) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
     assert "metrics/ holds no result" in stage(leaderboard.app, fails=True)

@@ -8,6 +8,7 @@ import pytest
 
 from stages import fetch, preprocess
 from studies.compute_memory.__main__ import app
+from studies.page import app as pages
 from tests.conftest import ROOT, Edit, Stage
 
 SMALL = {
@@ -47,6 +48,7 @@ def test_maml_s_memory_grows_and_implicit_maml_s_does_not(edit: Edit, stage: Sta
     monkeypatch.setenv("METALIB_ENGINE", "wide")  # alone
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # where the processes' server finds what it loads once for all
     stage(app)
+    stage(pages, "compute_memory")
     with open("plots/studies/compute_memory/points.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["engine"] for row in rows} == {"wide"}

@@ -1,9 +1,12 @@
 """Where the archives come from, what is refused, and that nothing half-written stays."""
 
+import contextlib
 import http.server
+import io
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -66,9 +69,11 @@ def nothing_is_left() -> bool:
     return not Path("data").exists() or not list(Path("data").iterdir())
 
 
-@pytest.mark.parametrize("form", ["folder", "file"])
+@pytest.mark.parametrize("form", ["folder", "file", "~"])
 def test_a_mirror_on_disk(mirror: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
-    monkeypatch.setenv("OMNIGLOT_MIRROR", str(mirror) if form == "folder" else mirror.as_uri())
+    monkeypatch.setenv("HOME", str(mirror.parent))
+    given = {"folder": str(mirror), "file": mirror.as_uri(), "~": f"~/{mirror.name}"}
+    monkeypatch.setenv("OMNIGLOT_MIRROR", given[form])
     stage(fetch.app)
     for name in ARCHIVES:
         assert Path(f"data/raw/{name}.zip").read_bytes() == (mirror / f"{name}.zip").read_bytes()
@@ -86,6 +91,27 @@ def test_a_broken_download_goes_on_where_it_broke(
     assert list(Path(".downloads").iterdir()) == []
 
 
+def test_two_downloads_of_one_archive_come_one_after_the_other(
+    mirror: Path, served: tuple[str, list[str | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share what a broken download left. Seen failing without the lock."""
+    name, both, met, get = f"{ARCHIVES[0]}.zip", threading.Barrier(2), list[int](), requests.get
+
+    def meet(*arguments: object, **options: object) -> requests.Response:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            met.append(both.wait(timeout=1))
+        return get(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fetch.requests, "get", meet)
+    targets = [Path(folder) / name for folder in ("one", "other")]
+    for target in targets:
+        target.parent.mkdir()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda target: fetch.download(f"{served[0]}/{name}", target), targets))
+    assert not met and all(target.read_bytes() == (mirror / name).read_bytes() for target in targets)
+    assert list(Path(".downloads").iterdir()) == []
+
+
 def test_an_address_without_the_archives_is_one_sentence(
     served: tuple[str, list[str | None]], mirror: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +124,17 @@ def test_an_address_without_the_archives_is_one_sentence(
     assert "'ftp://somewhere/omniglot' is not a folder, file:// or http(s)://" in stage(fetch.app, fails=True)
 
 
+def test_a_refusal_by_the_official_host_has_a_status_of_its_own(
+    edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen failing with the status that a typing error in params.yaml has."""
+    edit(data__source="omniglot")
+    reply = requests.Response()
+    reply.status_code, reply.reason, reply.raw = 403, "Forbidden", io.BytesIO()
+    monkeypatch.setattr(fetch.requests, "get", lambda *_, **__: reply)
+    assert "answered 403 Forbidden" in stage(fetch.app, fails=fetch.Unreachable.status) and nothing_is_left()
+
+
 def test_the_official_host_out_of_reach_names_both_remedies(
     mirror: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +145,7 @@ def test_the_official_host_out_of_reach_names_both_remedies(
         raise requests.ConnectionError("Name or service not known")
 
     monkeypatch.setattr(fetch.requests, "get", get)
-    said = stage(fetch.app, fails=True)
+    said = stage(fetch.app, fails=fetch.Unreachable.status)  # of its own: `make run` goes on with glyphs
     assert len(tried) == 4 and all(url.endswith("/images_background.zip") for url in tried)
     assert "could not be downloaded in 4 attempts" in said
     assert "OMNIGLOT_MIRROR" in said and "data.source=glyphs" in said and nothing_is_left()
@@ -118,7 +155,8 @@ def test_a_truncated_archive_is_refused(mirror: Path, stage: Stage, monkeypatch:
     whole = (mirror / "images_evaluation.zip").read_bytes()
     (mirror / "images_evaluation.zip").write_bytes(whole[:-2000])
     monkeypatch.setenv("OMNIGLOT_MIRROR", str(mirror))
-    assert "images_evaluation.zip is not a whole zip archive" in stage(fetch.app, fails=True)
+    said = stage(fetch.app, fails=True)  # about the mirror's file: the copy of it is gone
+    assert f"images_evaluation.zip of {mirror} is not a whole zip archive" in said and "data/" not in said
     assert nothing_is_left()
 
 

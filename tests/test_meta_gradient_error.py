@@ -16,6 +16,7 @@ from studies.meta_gradient_error import curves, regression
 from studies.meta_gradient_error.__main__ import app
 from studies.meta_gradient_error.curves import Point
 from studies.meta_gradient_error.regression import Method
+from studies.page import app as pages
 from tests.conftest import Edit, Stage
 
 LAM = 0.5
@@ -215,6 +216,7 @@ def test_the_study(edit: Edit, stage: Stage) -> None:
     """Its data: errors fall, floors are in the order of CG steps and of differentiated steps, rates are near theory."""
     edit(**SMALL)
     stage(app)
+    stage(pages, "meta_gradient_error")
     folder = Path("plots/studies/meta_gradient_error")
     with open(folder / "curves.csv", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -1,5 +1,6 @@
 """params.yaml: what is wrong is named; numbers are what DVC takes them for."""
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,29 @@ def test_the_committed_file_serves_every_algorithm_setting_and_budget(monkeypatc
      "kernel_lr and kernel_decay go with optimiser muon"),
     ({"budgets__quick__counts__s5w1s": {"tasks": 3}}, "budgets.quick.counts.tasks is not a parameter here"),
     ({"tasks__query": 25}, "tasks.query: 25 queries and 1 support images"),
+    # accepted until the training was over, or written into results as they stood
+    ({"budgets__quick__network__way": 5}, "algorithms.maml.quick.network.way is not a parameter here (value 5)"),
+    ({"algorithms__maml__quick__common__network": {"image_size": 28}}, "algorithms.maml.quick.network.image_size is not a"),
+    ({"budgets__quick__network__filters": 10**9}, "network.filters: Input should be less than or equal to 1024"),
+    ({"algorithms__maml__quick__common__inner_steps": "3"}, "maml.inner_steps: Input should be a valid integer, got '3'"),
+    ({"algorithms__maml__quick__common__inner_steps": True}, "maml.inner_steps: Input should be a valid integer, got True"),
+    ({"meta_train__tf32": "yes"}, "meta_train.tf32: Input should be a valid boolean, got 'yes'"),
+    ({"budgets__quick__counts__s5w1s": {"test_tasks": 1}}, "counts.test_tasks: Input should be greater than or equal to 2"),
+    ({"budgets__quick__counts__s5w1s": 3}, "budgets.quick.counts.s5w1s: Input should be an object, got 3"),
+    ({"algorithms__maml__quick__s5w1s": [1]}, "algorithms.maml.quick.s5w1s: Input should be an object, got [1]"),
+    # memory or time without bounds
+    ({"budgets__quick__seeds": 10**12}, "budgets.quick.seeds: Input should be less than or equal to 100"),
+    ({"tasks__test": 10**12}, "tasks.test: Input should be less than or equal to 100000"),
+    ({"data__glyphs__background": 10**9}, "glyphs.background: Input should be less than or equal to 100"),
+    ({"algorithms__maml__quick__s5w1s__outer__meta_batch": 10**9}, "outer.meta_batch: Input should be less than or equal"),
+    # what no key may hold
+    ({"algorithms__maml__quick__common__inner_lr": float("nan")}, "maml.quick.common.inner_lr: nan is no finite number"),
+    ({"studies__protocols__quick__share": float("inf")}, "params.yaml.studies.protocols.quick.share: inf is no finite number"),
+    ({"split__seed": 2**63}, "params.yaml.split.seed: 9223372036854775808 is beyond 64 bits"),
+    ({"split__seed": datetime.date(2026, 1, 1)}, "params.yaml.split.seed: a date is neither a number, a word, a list nor a"),
+    ({"settings": ["5w1s", "5w1"]}, "settings: '5w1' is not of the form 5w1s"),
+    ({"settings": ["5w1s", "../5w1s"]}, "settings: '../5w1s' is not of the form 5w1s"),
+    ({"settings": ["5w1s", "5w1s"]}, "settings: '5w1s' is listed twice"),
 ])  # fmt: skip
 def test_what_is_wrong_is_named(edit: Edit, values: dict[str, Any], complaint: str) -> None:
     edit(**values)
@@ -55,6 +79,8 @@ def test_what_is_wrong_is_named(edit: Edit, values: dict[str, Any], complaint: s
 
 @pytest.mark.parametrize(("name", "values", "complaint"), [
     ("finetune", {"quick__common__classes": 100}, "finetune.quick.classes: 100, but the characters in 4 quarter turns are 140"),
+    ("finetune", {"quick__common__classes": "6492"}, "finetune.classes: Input should be a valid integer, got '6492'"),
+    ("finetune", {"quick__common__classes": 10**12}, "finetune.quick.classes: 1000000000000, but at most 1000000 can be"),
     ("reptile", {"quick__common__moments": "carried"}, "reptile: moments: carried needs inner_optimiser adam"),
     ("reptile", {"quick__s5w": {}}, "reptile.quick.s5w is neither common nor a setting"),
     ("reptile", {"quick__common__moments": "carried", "quick__common__inner_optimiser": "adam"},

@@ -8,6 +8,7 @@ import torch
 
 from metalib.comparison import ranking, shift
 from stages import cells, fetch, files, params, preprocess
+from studies.page import app as pages
 from studies.protocols.__main__ import app
 from studies.protocols.accuracies import shortened, task_file
 from studies.protocols.choices import choices
@@ -95,7 +96,8 @@ def test_tables_and_metrics(asked: Protocols) -> None:
 
 def test_the_study(asked: Protocols, stage: Stage) -> None:
     """Every learner under every choice; the reference is its own reference."""
-    assert "reports/studies/protocols.md" in stage(app)
+    stage(app)
+    assert "reports/studies/protocols.md" in stage(pages, "protocols")
     rows = Path("plots/studies/protocols/shifts.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * 6
     assert all(row.split(",")[4] == "0" for row in rows[1:] if row.startswith("reference"))

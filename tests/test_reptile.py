@@ -20,11 +20,10 @@ def reptile(**choices: object) -> MetaLearner:
 
 def outer_sgd(learner: MetaLearner, meta: Params, batch: TaskBatch, lr: float) -> Params:
     """The meta-parameters after one meta-step of SGD."""
-    moved = {name: value.clone().unsqueeze(0) for name, value in meta.items()}
     outer = training.Outer(optimiser="sgd", lr=lr, schedule="constant", meta_steps=1, meta_batch=1, validations=1)
-    optimisers = training.make_optimisers(moved, outer)
-    training.meta_step(learner, problems.smooth_loss, batch, moved, optimisers, torch.tensor(0.0), torch.tensor(1.0))
-    return {name: value[0] for name, value in moved.items()}
+    optimiser = training.make_optimiser({name: value.unsqueeze(0) for name, value in meta.items()}, outer)
+    training.meta_step(learner, problems.smooth_loss, batch, optimiser, torch.tensor(0.0), torch.tensor(1.0))
+    return {name: value[0] for name, value in optimiser.params.items()}
 
 
 def train_alone(

@@ -30,7 +30,8 @@ LIBRARY = {  # a module of metalib may import those on its right, and its own pa
     "models": {"files", "types"},
     "data": {"types", "randomness"},
     "algorithms": {"complaints", "inner", "numerics", "tree", "types"},
-    "training": {"checkpoint", "cuda_graph", "tree", "types"},
+    "optimisers": {"tree", "types"},
+    "training": {"checkpoint", "cuda_graph", "optimisers", "tree", "types"},
     "evaluation": {"types", "data", "models"},
 }
 ABOVE = {  # and a package those on its right
@@ -132,7 +133,8 @@ def test_every_stage_names_the_code_it_imports() -> None:
             module = todo.pop()
             for imported in imports(known[module]):
                 found = imported if imported in known else imported.rpartition(".")[0]
-                if found in known and found not in wanted and found.startswith(("metalib", "studies")):
+                ours = ("metalib", "studies", "stages.palette", "stages.tables")
+                if found in known and found not in wanted and found.startswith(ours):
                     wanted.add(found)
                     todo.append(found)
         missing = [
@@ -141,6 +143,12 @@ def test_every_stage_names_the_code_it_imports() -> None:
             if not any((ROOT / dep) in (known[module], *known[module].parents) for dep in deps if not dep.startswith("data"))
         ]
         assert not missing, f"{name}: {missing}"
+
+
+def test_protocols_depends_on_the_learners_that_it_trains() -> None:
+    deps = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]["protocols"]["deps"]
+    learners = YAML(typ="safe").load(ROOT / "params.yaml")["studies"]["protocols"]["common"]["learners"]
+    assert {dep for dep in deps if "/algorithms/" in dep} == {f"metalib/algorithms/{name}.py" for name in learners}
 
 
 def test_dvc_has_a_stage_for_every_algorithm_and_setting() -> None:
@@ -153,6 +161,7 @@ def test_dvc_has_a_stage_for_every_algorithm_and_setting() -> None:
     cells = [f"{name}-{setting}" for name in algorithms.names() for setting in settings]
     expected = {"fetch", "preprocess", "cells", "leaderboard", *studies}
     expected |= {f"{stage}@{setting}" for stage in ("split", "compare") for setting in settings}
+    expected |= {f"page@{study}" for study in studies}
     assert set(listed) == expected | {f"{s}@{cell}" for s in ("meta_train", "evaluate") for cell in cells}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from metalib import algorithms, tree
 from metalib.types import Params, TaskBatch
 from stages import fetch, preprocess, split
+from studies.page import app as pages
 from studies.update_contents import combinations, expansions
 from studies.update_contents.__main__ import app
 from tests import problems
@@ -114,6 +115,7 @@ def test_the_study(edit: Edit, stage: Stage) -> None:
     edit(**SMALL)
     prepare(stage)
     said = stage(app)
+    stage(pages, "update_contents")
     assert "(g1 + ... + g4)/4: meta-step 4" in said
     folder = Path("plots/studies/update_contents")
     with open(folder / "coefficients.csv", newline="") as file:

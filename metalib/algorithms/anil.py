@@ -3,6 +3,9 @@
 Slide "ANIL": MAML whose inner loop adapts the head alone; what the body knows is reused, not relearned. The outer gradient is
 MAML's, exact, and reaches the body through the features of both sets. As the body stands still, a task's features are computed
 once and serve all inner steps: an inner step costs a matrix product.
+
+Through a head of zero no gradient reaches the body. So where the head starts every task at zero and is not meta-learned
+(fixed_head), one inner step of MAML is one of ANIL, and so is its meta-gradient.
 """
 
 from pydantic import ConfigDict, NonNegativeInt

@@ -22,8 +22,8 @@ _POINTS = 24  # of the polyline that stands for a curve
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Glyphs:
-    background: PositiveInt  # alphabets in the background archive
-    evaluation: PositiveInt  # alphabets in the evaluation archive
+    background: int = Field(ge=1, le=100)  # alphabets in the background archive
+    evaluation: int = Field(ge=1, le=100)  # alphabets in the evaluation archive
     characters: PositiveInt = Field(le=99)  # in each alphabet
     seed: int
 

@@ -7,7 +7,9 @@ https://github.com/brendenlake/omniglot (MIT). Two zip archives of PNG files, 10
 """
 
 import hashlib
+import io
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -21,6 +23,8 @@ from PIL import Image
 ARCHIVES = ("images_background", "images_evaluation")
 DRAWERS = 20
 SIDE = 105  # pixels of an original drawing
+BYTES = 1 << 16  # of a drawing's file, at most; the largest has a few hundred
+MEMBERS = 200_000  # of an archive, at most; the larger one has 19,280
 DIGESTS = {  # of the content, see content_digest: the same for every genuine copy, however it was zipped
     "images_background": "447b25cf0506c514594a9bd79e8ed04ce3b08b31c3626a2e3262a797a53d8957",
     "images_evaluation": "398dc7495384d0289afa9c5d742fe588e317d4a45029d239dda68857fd50d4bb",
@@ -28,6 +32,12 @@ DIGESTS = {  # of the content, see content_digest: the same for every genuine co
 Resize = Literal["nearest", "area", "lanczos"]
 _FILTERS = {"nearest": Image.Resampling.NEAREST, "area": Image.Resampling.BOX, "lanczos": Image.Resampling.LANCZOS}
 _MEMBER = re.compile(r"(?P<archive>\w+)/(?P<alphabet>[^/\\]+)/(?P<character>character\d\d)/\d{4}_\d\d\.png")
+# what the readers of zip and PNG files raise at damaged ones
+_DAMAGED = (OSError, EOFError, ValueError, SyntaxError, IndexError, OverflowError, struct.error, zlib.error)
+
+
+class _Refused(Exception):
+    """Why an archive is not taken."""
 
 
 class Drawing(NamedTuple):
@@ -50,31 +60,52 @@ class Characters(NamedTuple):
     drawn: str  # size and method of the images, for instance "28 px lanczos"
 
 
-def drawings(archive: Path) -> Iterator[Drawing]:
-    """The drawings of one archive in sorted path order. Nothing is unpacked to disk.
+def drawings(archive: Path, known_as: str = "") -> Iterator[Drawing]:
+    """The drawings of one archive in sorted path order. Nothing is unpacked to disk, and no more than a drawing to memory.
 
-    ValueError when the file is not a whole zip archive, or holds a PNG outside the layout above or of another size.
+    ValueError, about `known_as` where the file lies here for a moment only, when it is not a whole zip archive, or holds
+    anything but PNG files of the layout and the size above.
     """
+    what = known_as or str(archive)
     try:
         with zipfile.ZipFile(archive) as opened:
-            for path in sorted(n for n in opened.namelist() if not n.endswith("/")):
+            members = sorted((m for m in opened.infolist() if not m.is_dir()), key=lambda member: member.filename)
+            if len(members) > MEMBERS:
+                raise _Refused(f"{len(members)} files are in it, but at most {MEMBERS} can be drawings")
+            for member in members:
+                path = member.filename
                 parts = _MEMBER.fullmatch(path)
                 if not parts or parts["archive"] != archive.stem or parts["alphabet"].startswith("."):
-                    raise ValueError(
-                        f"{archive}: {path!r} is not of the form {archive.stem}/<Alphabet>/characterNN/0000_00.png"
-                    )
-                with opened.open(path) as file, Image.open(file, formats=["PNG"]) as image:
-                    if image.size != (SIDE, SIDE) or image.mode != "1":
-                        raise ValueError(f"{archive}: {path} is {image.size} {image.mode!r}, not 105 x 105 one-bit")
-                    yield Drawing(path, parts["alphabet"], parts["character"], ~np.asarray(image))
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
-        raise ValueError(f"{archive} is not a whole zip archive of PNG files ({error}); delete it and fetch again") from None
+                    raise _Refused(f"{path!r} is not of the form {archive.stem}/<Alphabet>/characterNN/0000_00.png")
+                if member.file_size > BYTES:
+                    raise _Refused(f"{path} has {member.file_size} bytes, but a drawing has at most {BYTES}")
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
+                    raise _Refused(f"{path} is encrypted, or compressed in another way than deflate")
+                yield Drawing(path, parts["alphabet"], parts["character"], _ink(opened.read(member), path))
+    except _Refused as error:
+        raise ValueError(f"{what}: {error}") from None
+    except (*_DAMAGED, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]  # zipfile quotes whole names
+        raise ValueError(
+            f"{what} is not a whole zip archive of PNG files ({reason}); fetch it again, or another copy"
+        ) from None
 
 
-def content_digest(archive: Path) -> str:
+def _ink(content: bytes, path: str) -> NDArray[np.bool_]:
+    """The (105, 105) ink mask of a PNG."""
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            if image.size != (SIDE, SIDE) or image.mode != "1":
+                raise _Refused(f"{path} is {image.size} {image.mode!r}, not 105 x 105 one-bit")
+            return ~np.asarray(image)
+    except (*_DAMAGED, Image.DecompressionBombError) as error:
+        raise _Refused(f"{path} is no whole PNG file ({error})") from None
+
+
+def content_digest(archive: Path, known_as: str = "") -> str:
     """sha256 over the drawings in sorted path order, of each its path, a newline, and its packed ink mask row by row."""
     digest = hashlib.sha256()
-    for drawing in drawings(archive):
+    for drawing in drawings(archive, known_as):
         digest.update(_record(drawing))
     return digest.hexdigest()
 

@@ -1,5 +1,7 @@
 """Few-shot tasks: drawn as indices, then gathered from one uint8 array on whatever device holds it."""
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -52,44 +54,55 @@ def draw(
     images: int,
     drawers: int,
     rotations: Rotations,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
 ) -> Tasks:
-    """Draw tasks, each of `way` classes out of `pool` (N,) in random order and `images` = shot + query of each class.
+    """Draw `count` tasks from each generator, those of the first one first, as it draws them whatever the others are.
 
-    Runs on the pool's device without a host round trip. ValueError when the pool is too small.
+    A task has `way` classes out of `pool` (N,) in random order and `images` = shot + query of each class. Runs on the pool's
+    device without a host round trip. ValueError when the pool is too small.
     """
-    device = pool.device
+    shape = (len(generators), count)
     turns = 4 if rotations == "classes" else 1
     if way > turns * len(pool):
         raise ValueError(f"way: {way} classes in a task, but there are only {turns * len(pool)} to draw from")
     if images > drawers:
         raise ValueError(f"shot + query: {images} images of a class, but each has only {drawers}")
-    chosen = torch.rand(count, turns * len(pool), generator=generator, device=device).topk(way).indices
-    drawn = torch.rand(count, way, drawers, generator=generator, device=device).topk(images).indices
-    if rotations == "tasks":
-        rotation = torch.randint(4, (count, way), generator=generator, device=device)
-    else:
-        rotation = chosen % turns
-    return Tasks(pool[chosen // turns], drawn, rotation)
+    of_classes = torch.empty(*shape, turns * len(pool), device=pool.device)  # lots
+    of_images = torch.empty(*shape, way, drawers, device=pool.device)
+    turned = torch.empty(*shape, way, dtype=torch.int64, device=pool.device)
+    for r, generator in enumerate(generators):
+        of_classes[r].uniform_(generator=generator)
+        of_images[r].uniform_(generator=generator)
+        if rotations == "tasks":
+            turned[r].random_(4, generator=generator)
+    chosen = of_classes.flatten(0, 1).topk(way).indices
+    rotation = turned.flatten(0, 1) if rotations == "tasks" else chosen % turns
+    return Tasks(pool[chosen // turns], of_images.flatten(0, 1).topk(images).indices, rotation)
 
 
 def gather(characters: Tensor, tasks: Tasks, shot: int) -> TaskBatch:
     """The tasks' images out of characters (N, drawers, H, W) uint8, turned, as floats in [0, 1], shot by shot."""
     count, way = tasks.classes.shape
     size = characters.shape[-1]
-    pixels = characters[tasks.classes.unsqueeze(-1), tasks.images].flatten(-2)  # (n, way, shot + query, H * W)
-    upright = torch.arange(size * size, device=characters.device).view(size, size)
-    turned = torch.stack([upright.rot90(k) for k in range(4)]).flatten(1)[tasks.rotations]  # (n, way, H * W)
-    x = pixels.gather(-1, turned.unsqueeze(2).expand(pixels.shape)).float().div_(255).unflatten(-1, (1, size, size))
-    x = x.transpose(1, 2)  # (n, shot + query, way, 1, H, W)
+    # chosen shot by shot, so that support and queries are views of x
+    pixels = characters[tasks.classes.unsqueeze(1), tasks.images.mT].flatten(-2)  # (n, shot + query, way, H * W)
+    turned = _turned(size, characters.device)[tasks.rotations].unsqueeze(1)  # (n, 1, way, H * W)
+    x = pixels.gather(-1, turned.expand(pixels.shape)).float().div_(255).unflatten(-1, (1, size, size))
     y = torch.arange(way, device=characters.device).expand(count, x.shape[1], way)
     return TaskBatch(
         support_x=x[:, :shot].flatten(1, 2),
         support_y=y[:, :shot].flatten(1, 2),
         query_x=x[:, shot:].flatten(1, 2),
         query_y=y[:, shot:].flatten(1, 2),
-        classes=4 * tasks.classes + tasks.rotations,
+        classes=torch.add(tasks.rotations, tasks.classes, alpha=4),
     )
+
+
+@lru_cache
+def _turned(size: int, device: torch.device) -> Tensor:
+    """(4, H * W): which pixel of an image comes to each place when it is turned by 0, 90, 180, 270 degrees."""
+    upright = torch.arange(size * size, device=device).view(size, size)
+    return torch.stack([upright.rot90(k) for k in range(4)]).flatten(1)
 
 
 def with_support(batch: TaskBatch) -> TaskBatch:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, PositiveInt
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -36,7 +36,7 @@ class Conv4:
     downsample: Literal["stride", "maxpool"] = "stride"  # stride-2 convolutions, or stride 1 and 2 x 2 max-pooling
     features: Literal["flatten", "mean"] = "flatten"  # what the head sees of the last maps: every value, or their mean
     head_init: Literal["glorot", "normal", "zero"] = "glorot"  # the head's first weights: Glorot uniform; N(0, 1): MAML's code
-    filters: PositiveInt = 64
+    filters: int = Field(default=64, ge=1, le=1024)
 
     def forward(self, params: Params, x: Tensor) -> Tensor:
         """Logits (B, way) of one task's images (B, 1, H, W) under weights (*shape), normalised by the statistics of all B."""

@@ -32,9 +32,12 @@ class Conv4Loss:
     def __call__(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
         if _native(self.network, params, x):
             return native.loss(self.network, params, x, y, self.support)
-        return self.head(params, self.body(params, x), y)
+        return self.head(params, wide.body(self.network, params, x, self.support), y)
 
     def body(self, params: Params, x: Tensor) -> Tensor:
+        """Features (T, B, F); a second derivative needs METALIB_ENGINE=wide."""
+        if _native(self.network, params, x):
+            return native.features(self.network, params, x, self.support)
         return wide.body(self.network, params, x, self.support)
 
     def head(self, params: Params, features: Tensor, y: Tensor) -> Tensor:
@@ -48,10 +51,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def engine(network: Conv4, device: torch.device) -> str:
-    """Which engine computes whole task losses in float32 on this device: native or wide.
-
-    A learner that takes body and head apart (finetune's joint training, ANIL's inner loop) has them from wide in any case.
-    """
+    """Which engine computes task losses in float32 on this device: native or wide."""
     size = network.image_size
     weights = network.init(torch.Generator(device))
     return "native" if _native(network, weights, torch.zeros(1, 1, 1, size, size, device=device)) else "wide"
@@ -59,7 +59,7 @@ def engine(network: Conv4, device: torch.device) -> str:
 
 def _native(network: Conv4, params: Params, x: Tensor) -> bool:
     """Whether the compiled code is to compute this loss; ValueError where METALIB_ENGINE asks for what cannot be."""
-    asked = os.environ.get("METALIB_ENGINE", "auto")
+    asked = os.environ.get("METALIB_ENGINE") or "auto"
     if asked not in ("auto", "native", "wide"):
         raise ValueError(f"METALIB_ENGINE: {asked!r} is not one of auto, native, wide")
     if asked == "native" and (lacks := native.lacks(network, params, x)):

@@ -1,11 +1,13 @@
-// The loss of Conv4 on one task, its gradient and its Hessian-vector product, on the CPU. native.py compiles and calls it.
+// The loss of Conv4 on one task, its gradient and its Hessian-vector product, on the CPU; and its body alone, the features and
+// the gradient that theirs brings to the weights. native.py compiles and calls it.
 //
 // One thread takes one task at a time through everything, so that the task's activations stay in the core's cache; that is
 // what makes it faster than PyTorch's operators, which take all tasks through one layer. Only standard C++17, OpenMP and
 // GCC's vector types. A task is computed by one thread in one order, so its bits do not depend on the others or on scheduling.
 //
 // The Hessian-vector product is the derivative of the gradient's computation along v, forward over reverse: beside every
-// quantity a there is a_dot = d a(weights + e v) / d e. Nothing is kept between calls.
+// quantity a there is a_dot = d a(weights + e v) / d e. Nothing is kept between calls, but for the body's maps, which its
+// caller keeps.
 //
 // Layout. Maps are rows (image, height, width) of C channels. A kernel is (C out, 9 taps, depth in), as in Conv4.
 #include <algorithm>
@@ -31,6 +33,7 @@ constexpr double EPS = 1e-5; // of batch norm
 
 // What a call is about; the same structure stands in native.py. `stride` is the distance from one task's weights to the
 // next one's, in numbers; 0 where all tasks share them.
+// The body alone goes up in one call, which writes `features`, and down in another, which reads `from_features`.
 struct Problem {
     int64_t tasks, images, size, way, known, skip, mean, threads;
     const void* x;               // (tasks, images, size, size)
@@ -42,6 +45,10 @@ struct Problem {
     const void* tangent[WEIGHTS]; // (tasks, *shape) v; null: the gradient is wanted, not the Hessian-vector product
     int64_t tangent_stride[WEIGHTS];
     void* result[WEIGHTS]; // (tasks, *shape) gout times gradient, or gout times H v; null where not wanted
+    void* features;            // (tasks, images, width) of the body alone
+    const void* from_features; // likewise, the gradient with respect to them
+    void* kept;                // (tasks, room) maps of the way up for the way down; null where nothing comes down
+    int64_t room;              // numbers of a task in `kept`, see `lend`
 };
 
 namespace {
@@ -95,14 +102,17 @@ template <class T> struct Block {
     }
 };
 
-// Memory on cache lines that grows and is used again by the next call.
+// Memory on cache lines that grows and is used again by the next call; or what a caller lends.
 template <class T> class Buffer {
     struct alignas(64) Line { char bytes[64]; };
     std::vector<Line> lines;
+    T* lent = nullptr;
 
 public:
-    T* get() { return reinterpret_cast<T*>(lines.data()); }
+    void lend(T* memory) { lent = memory; } // null: its own again
+    T* get() { return lent ? lent : reinterpret_cast<T*>(lines.data()); }
     T* get(size_t count) {
+        if (lent) return lent;
         size_t needed = (count * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
         if (lines.size() < needed) lines.resize(needed);
         return get();
@@ -269,14 +279,15 @@ template <class T> void transpose(const T* w, int columns, T* out) {
 //   xhat_dot = r (z_dot - sum m z_dot - xhat p),  y_dot = [y > 0] (gamma_dot xhat + gamma xhat_dot + beta_dot)
 
 template <class T> struct Maps { // of one layer
-    Buffer<T> xhat, y, xhat_dot, y_dot;
-    alignas(64) T r[C], p[C];
+    Buffer<T> xhat, y, r, xhat_dot, y_dot;
+    alignas(64) T p[C];
 };
 
 // z lies in m.xhat and z_dot in m.xhat_dot; both are overwritten
 template <class T>
 void norm_relu(Maps<T>& m, int n, int s, const T* gamma, const T* beta, const T* gamma_dot, const T* beta_dot) {
     using B = Block<T>;
+    T* all_r = m.r.get(C);
     for (int c = 0; c < C; c += B::WIDTH) {
         T *z = m.xhat.get() + c, *y = m.y.get() + c;
         B mean, var;
@@ -287,7 +298,7 @@ void norm_relu(Maps<T>& m, int n, int s, const T* gamma, const T* beta, const T*
             var += d * d;
         }
         B r = var.each([&](typename B::V a, int) { return a / T(s) + T(EPS); }).rsqrt(), g(gamma + c), b(beta + c);
-        r.store(m.r + c);
+        r.store(all_r + c);
         for (int i = 0; i < n; i++) {
             B xhat = (B(z + i * C) - mean) * r, t = xhat * g + b;
             xhat.store(z + i * C);
@@ -324,7 +335,7 @@ void norm_relu_backward(Maps<T>& m, int n, int s, const T* gamma, const T* gamma
     for (int c = 0; c < C; c += B::WIDTH) {
         const T *xhat = m.xhat.get() + c, *y = m.y.get() + c;
         T* g = g_rows + c;
-        B sum, sum_xhat, r(m.r + c), k = B(gamma + c) * r;
+        B sum, sum_xhat, r(m.r.get() + c), k = B(gamma + c) * r;
         for (int i = 0; i < n; i++) {
             B h = B(g + i * C).where_positive(B(y + i * C));
             h.store(g + i * C);
@@ -534,66 +545,34 @@ template <class T> struct Workspace {
     Buffer<T> patches, kernel[LAYERS], tangent[LAYERS], g[2], g_dot[2], logits, logits_dot, room, room_dot;
 };
 
+// What a task keeps lies at `kept`: every layer's y, and but for the first one's xhat and r. Null: in the thread's own memory.
+template <class T> void lend(const Shared<T>& shared, Workspace<T>& ws, int images, T* kept) {
+    auto next = [&](Buffer<T>& buffer, size_t count) {
+        buffer.lend(kept);
+        if (kept) kept += count;
+    };
+    for (int l = 0; l < LAYERS; l++) {
+        const size_t numel = size_t(images) * shared.layer[l].out_rows * C;
+        next(ws.maps[l].y, numel);
+        if (l) next(ws.maps[l].xhat, numel);
+        if (l) next(ws.maps[l].r, C);
+    }
+}
+
 template <class T> const T* part(const void* base, int64_t stride, int64_t t) {
     return static_cast<const T*>(base) + stride * t;
 }
 
-template <class T> void run_task(const Problem& P, Shared<T>& shared, Workspace<T>& ws, int64_t t) {
-    const int images = P.images, way = P.way, last = shared.layer[LAYERS - 1].out_rows;
-    const int width = P.mean ? C : last * C; // features
+// The head of a task, up and down: its loss, and the gradient to the last maps, into zeros. Images before `skip` only lend
+// their statistics.
+template <class T>
+void head(const Problem& P, Workspace<T>& ws, int64_t t, int last, int width, const T* const* w, const T* const* v, T* const* out,
+          bool backward, T* g, T* g_dot) {
+    const int images = int(P.images), way = int(P.way), positions = images - int(P.skip);
     const bool second = P.tangent[0];
-    const T *w[WEIGHTS], *v[WEIGHTS];
-    T* out[WEIGHTS];
-    int lowest = LAYERS + 1; // the layer at which the way down ends; the head counts as one
-    for (int i = WEIGHTS - 1; i >= 0; i--) {
-        const int64_t numel = i == BIAS ? way : i == HEAD ? way * width : i % 3 ? C : C * (i ? 9 * C : 9);
-        w[i] = part<T>(P.weight[i], P.stride[i], t);
-        v[i] = second ? part<T>(P.tangent[i], P.tangent_stride[i], t) : nullptr;
-        out[i] = P.result[i] ? static_cast<T*>(P.result[i]) + numel * t : nullptr;
-        if (out[i]) lowest = std::min(i / 3, LAYERS);
-        if (out[i]) std::memset(out[i], 0, numel * sizeof(T));
-    }
-    const bool backward = lowest <= LAYERS;
-
-    // up: activations, and along v
-    T* input = ws.patches.get(size_t(images) * shared.layer[0].in_rows * PATCH);
-    patches(images, int(P.size), static_cast<const T*>(P.x) + t * images * P.size * P.size, input);
-    for (int l = 0; l < LAYERS; l++) {
-        const Geometry& g = shared.layer[l];
-        Maps<T>& m = ws.maps[l];
-        const int columns = l ? 9 * C : 9, n = images * g.out_rows;
-        auto transposed = [&](const T* kernel, int64_t stride, Buffer<T>& common, Buffer<T>& own) {
-            if (stride == 0) return common.get();
-            transpose(kernel, columns, own.get(size_t(columns) * C));
-            return own.get();
-        };
-        const T* kernel = transposed(w[3 * l], P.stride[3 * l], shared.kernel[l], ws.kernel[l]);
-        const T* tangent = second ? transposed(v[3 * l], P.tangent_stride[3 * l], shared.tangent[l], ws.tangent[l]) : nullptr;
-        T *y = m.y.get(size_t(n) * C), *y_dot = second ? m.y_dot.get(size_t(n) * C) : nullptr;
-        if (l == 0) {
-            statistics(ws.first, int(P.known) * g.out_rows, input);
-            fold(ws.first, kernel, w[1], w[2], tangent, v[1], v[2]);
-            first_up<T>(g, images, input, ws.first.product, y, y);
-            if (second) first_up<T>(g, images, input, ws.first.product_dot, y, y_dot);
-            continue;
-        }
-        const T *x = ws.maps[l - 1].y.get(), *x_dot = ws.maps[l - 1].y_dot.get();
-        convolve(g, images, x, kernel, m.xhat.zeros(size_t(n) * C));
-        if (second) {
-            T* z_dot = m.xhat_dot.zeros(size_t(n) * C);
-            convolve(g, images, x, tangent, z_dot);
-            convolve(g, images, x_dot, kernel, z_dot);
-        }
-        norm_relu(m, n, int(P.known) * g.out_rows, w[3 * l + 1], w[3 * l + 2], v[3 * l + 1], v[3 * l + 2]);
-    }
-
-    // the head, up and down; images before `skip` only lend their statistics
-    const int positions = images - int(P.skip);
     const T gout = P.gout ? static_cast<const T*>(P.gout)[t] : T(1);
     const int64_t* label = P.y + t * images;
     T *o = ws.logits.get(way), *o_dot = ws.logits_dot.get(way), *room = ws.room.get(C), *room_dot = ws.room_dot.get(C);
-    T* g = ws.g[1].zeros(size_t(images) * last * C);
-    T* g_dot = second ? ws.g_dot[1].zeros(size_t(images) * last * C) : nullptr;
     T loss = 0, slope = 0;
     for (int b = int(P.skip); b < images; b++) {
         const size_t at = size_t(b) * last * C;
@@ -638,6 +617,73 @@ template <class T> void run_task(const Problem& P, Shared<T>& shared, Workspace<
         spread(P.mean, last, g + at);
     }
     static_cast<T*>(P.loss)[t] = second ? slope : loss;
+}
+
+template <class T> void run_task(const Problem& P, Shared<T>& shared, Workspace<T>& ws, int64_t t) {
+    const int images = P.images, way = P.way, last = shared.layer[LAYERS - 1].out_rows;
+    const int width = P.mean ? C : last * C; // features
+    const bool second = P.tangent[0];
+    const T *w[WEIGHTS], *v[WEIGHTS];
+    T* out[WEIGHTS];
+    int lowest = LAYERS + 1; // the layer at which the way down ends; the head counts as one
+    for (int i = WEIGHTS - 1; i >= 0; i--) {
+        const int64_t numel = i == BIAS ? way : i == HEAD ? way * width : i % 3 ? C : C * (i ? 9 * C : 9);
+        w[i] = part<T>(P.weight[i], P.stride[i], t);
+        v[i] = second ? part<T>(P.tangent[i], P.tangent_stride[i], t) : nullptr;
+        out[i] = P.result[i] ? static_cast<T*>(P.result[i]) + numel * t : nullptr;
+        if (out[i]) lowest = std::min(i / 3, LAYERS);
+        if (out[i]) std::memset(out[i], 0, numel * sizeof(T));
+    }
+    const bool backward = lowest <= LAYERS;
+
+    // up: activations, and along v; on a way down alone they are there
+    const bool kept = P.from_features;
+    lend(shared, ws, images, P.kept ? static_cast<T*>(P.kept) + t * P.room : nullptr);
+    T* input = ws.patches.get(size_t(images) * shared.layer[0].in_rows * PATCH);
+    patches(images, int(P.size), static_cast<const T*>(P.x) + t * images * P.size * P.size, input);
+    for (int l = 0; l < LAYERS; l++) {
+        const Geometry& g = shared.layer[l];
+        Maps<T>& m = ws.maps[l];
+        const int columns = l ? 9 * C : 9, n = images * g.out_rows;
+        auto transposed = [&](const T* kernel, int64_t stride, Buffer<T>& common, Buffer<T>& own) {
+            if (stride == 0) return common.get();
+            transpose(kernel, columns, own.get(size_t(columns) * C));
+            return own.get();
+        };
+        const T* kernel = transposed(w[3 * l], P.stride[3 * l], shared.kernel[l], ws.kernel[l]);
+        const T* tangent = second ? transposed(v[3 * l], P.tangent_stride[3 * l], shared.tangent[l], ws.tangent[l]) : nullptr;
+        T *y = m.y.get(size_t(n) * C), *y_dot = second ? m.y_dot.get(size_t(n) * C) : nullptr;
+        if (l == 0) {
+            statistics(ws.first, int(P.known) * g.out_rows, input);
+            fold(ws.first, kernel, w[1], w[2], tangent, v[1], v[2]);
+            if (kept) break;
+            first_up<T>(g, images, input, ws.first.product, y, y);
+            if (second) first_up<T>(g, images, input, ws.first.product_dot, y, y_dot);
+            continue;
+        }
+        const T *x = ws.maps[l - 1].y.get(), *x_dot = ws.maps[l - 1].y_dot.get();
+        convolve(g, images, x, kernel, m.xhat.zeros(size_t(n) * C));
+        if (second) {
+            T* z_dot = m.xhat_dot.zeros(size_t(n) * C);
+            convolve(g, images, x, tangent, z_dot);
+            convolve(g, images, x_dot, kernel, z_dot);
+        }
+        norm_relu(m, n, int(P.known) * g.out_rows, w[3 * l + 1], w[3 * l + 2], v[3 * l + 1], v[3 * l + 2]);
+    }
+
+    // between up and down: the head, or the caller with the features
+    const size_t numel = size_t(images) * last * C;
+    T *y = ws.maps[LAYERS - 1].y.get(), *g = ws.g[1].zeros(numel), *g_dot = second ? ws.g_dot[1].zeros(numel) : nullptr;
+    for (int b = 0; b < images && P.features; b++) {
+        const T* f = features(P.mean, last, y + size_t(b) * last * C, ws.room.get(C));
+        std::memcpy(static_cast<T*>(P.features) + (t * images + b) * width, f, width * sizeof(T));
+    }
+    for (int b = 0; b < images && P.from_features; b++) {
+        T* to = g + size_t(b) * last * C;
+        std::memcpy(to, static_cast<const T*>(P.from_features) + (t * images + b) * width, width * sizeof(T));
+        spread(P.mean, last, to);
+    }
+    if (!P.features && !P.from_features) head(P, ws, t, last, width, w, v, out, backward, g, g_dot);
 
     // down: gradients, and along v. Nothing comes down from a head of zero, as head_init zero has it at a task's start: then
     // the gradient is done, and along v the products of g are left out.

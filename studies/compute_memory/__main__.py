@@ -11,6 +11,7 @@ from metalib.models.conv4 import Conv4
 from metalib.randomness import generator
 from stages import files, params
 from stages.command import device_name, one_sentence, prepared
+from stages.guard import guarded
 from studies import computing
 from studies.compute_memory import jobs
 from studies.compute_memory.schema import Values
@@ -21,6 +22,7 @@ NAME = "compute_memory"
 
 @app.command()
 @one_sentence
+@guarded(NAME)
 def main() -> None:
     """Measure time and memory of meta-gradients.
 
@@ -35,7 +37,7 @@ def main() -> None:
     checked(Conv4, network, f"studies.{NAME}.{budget}.network")
     drawn = tasks.draw(
         1, torch.arange(len(images)), way=values.way, images=values.shot + values.query, drawers=images.shape[1],
-        rotations="none", generator=generator(values.seed, NAME),
+        rotations="none", generators=[generator(values.seed, NAME)],
     )  # fmt: skip
     task = tasks.gather(images, drawn, values.shot)[:4]
     with computing.study(NAME, values, device, device_name(device), inputs=[files.CHARACTERS]) as study:

@@ -5,6 +5,7 @@ import typer
 from metalib.models.loss import engine
 from stages import files, params
 from stages.command import one_sentence, prepared
+from stages.guard import guarded
 from studies import computing
 from studies.leap_comparison import methods, summary
 from studies.leap_comparison.curves import compare
@@ -16,6 +17,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 @one_sentence
+@guarded(NAME)
 def main() -> None:
     """Compare Leap with its rivals on whole alphabets. METALIB_DEVICE chooses the device."""
     file = params.read()

@@ -179,8 +179,9 @@ class Joint:
     def load(self, checkpoint: Checkpoint | None) -> int:
         """Go back to the state that was kept; returns its meta-step, 0 where there is none."""
         state = checkpoint.load(self.images.device) if checkpoint else None
-        if state is None:
+        if checkpoint is None or state is None:
             return 0
+        checkpoint.say(f"goes on from meta-step {state['step']}")
         for name, value in self.params.items():
             value.copy_(state["params"][name])
         for generator, kept in zip(self.generators, state["generators"], strict=True):

@@ -3,9 +3,10 @@
 from typing import Any
 
 from metalib.data.omniglot import DRAWERS
-from stages import params
+from stages import params, tables
 from studies import room
 from studies.leap_comparison import figure, summary
+from studies.leap_comparison.methods import METHODS
 from studies.leap_comparison.schema import Comparison
 
 NAME = "leap_comparison"
@@ -27,8 +28,19 @@ def write(found: dict[str, Any]) -> None:
             data=found["data"],
             trained_images=DRAWERS - asked.held_out_images,
             rank=lambda key: [(summary.TITLES[method], mean) for method, mean in summary.ranked(areas, most, key)],
-            numbers=lambda key, unit=1: summary.table(areas, asked.alphabets, key, unit),
+            numbers=lambda key, unit=1: table(areas, asked.alphabets, key, unit),
         ),
         data=data,
         metrics=summary.metrics(areas, most),
     )
+
+
+def table(rows: list[summary.Row], alphabets: list[int], key: str, unit: int = 1) -> str:
+    """A column of `areas` in Markdown, times `unit`: a line for each method, mean ± standard deviation for each n."""
+    digits = 3 if unit == 1 else 1
+    lines = [
+        [summary.TITLES[method], *(f"{unit * mean:.{digits}f} ± {unit * std:.{digits}f}" for mean, std in pairs)]
+        for method in METHODS
+        for pairs in [[summary.over_seeds(rows, method, n, key) for n in alphabets]]
+    ]
+    return tables.markdown(["method", *(f"n = {n}" for n in alphabets)], lines)

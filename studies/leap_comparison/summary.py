@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages import tables
 from studies.leap_comparison.curves import Curves, area
 from studies.leap_comparison.methods import METHODS
 from studies.leap_comparison.schema import Comparison
@@ -84,14 +83,3 @@ def metrics(rows: list[Row], n: int) -> dict[str, dict[str, float]]:
         key: {method: round(over_seeds(rows, method, n, key)[0], 4) for method in METHODS}
         for key in ("auc_loss", "auc_held_out_error")
     }
-
-
-def table(rows: list[Row], alphabets: list[int], key: str, unit: int = 1) -> str:
-    """A column of `areas` in Markdown, times `unit`: a line for each method, mean ± standard deviation for each n."""
-    digits = 3 if unit == 1 else 1
-    lines = [
-        [TITLES[method], *(f"{unit * mean:.{digits}f} ± {unit * std:.{digits}f}" for mean, std in pairs)]
-        for method in METHODS
-        for pairs in [[over_seeds(rows, method, n, key) for n in alphabets]]
-    ]
-    return tables.markdown(["method", *(f"n = {n}" for n in alphabets)], lines)

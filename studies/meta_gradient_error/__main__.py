@@ -5,6 +5,7 @@ import typer
 
 from stages import params
 from stages.command import one_sentence
+from stages.guard import guarded
 from studies import computing
 from studies.meta_gradient_error.curves import curves, rates
 from studies.meta_gradient_error.schema import Values
@@ -15,6 +16,7 @@ NAME = "meta_gradient_error"
 
 @app.command()
 @one_sentence
+@guarded(NAME)
 def main() -> None:
     """Measure the errors of meta-gradients. It runs in double precision on the CPU."""
     file = params.read()

@@ -8,6 +8,7 @@ import typer
 from metalib.models.loss import engine
 from stages import files, meta_train, params
 from stages.command import one_sentence, prepared
+from stages.guard import guarded
 from studies import computing
 from studies.protocols.accuracies import accuracies, shortened, task_file
 from studies.protocols.schema import SETTING, Protocols
@@ -18,6 +19,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 @one_sentence
+@guarded(NAME)
 def main() -> None:
     """Measure how each choice that papers leave unsaid moves accuracies. METALIB_DEVICE chooses the device."""
     file = params.read()

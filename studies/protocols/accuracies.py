@@ -46,7 +46,7 @@ def task_file(file: params.File, data: Characters, scheme: Scheme, asked: Protoc
             images=shape.shot + query,
             drawers=data.images.shape[1],
             rotations=rotations,
-            generator=generator(file.tasks.seed, part, SETTING),
+            generators=[generator(file.tasks.seed, part, SETTING)],
         )
 
     most = max(asked.queries)
@@ -97,8 +97,8 @@ def accuracies(
     for name in cells:
         for scheme, trained in served:
             part = study.part(f"{name}-{scheme}-{trained}", partial(measured, name, scheme, trained))
-            for choice, values in part.items():
-                found[choice][name] = values
+            for chosen, values in part.items():
+                found[chosen][name] = values
     return found
 
 

@@ -16,6 +16,6 @@ class Protocols:
     learners: Annotated[list[str], Field(min_length=2)]
     share: Annotated[float, Field(gt=0, le=1)]  # of the meta-steps that the budget of the same name gives each learner
     seeds: PositiveInt
-    test_tasks: PositiveInt
+    test_tasks: Annotated[int, Field(ge=2)]  # an interval needs two
     queries: Annotated[list[PositiveInt], Field(min_length=1)]  # query images per class
     schemes: Annotated[list[Scheme], Field(min_length=1)]  # of the split

@@ -9,6 +9,7 @@ from metalib.models.conv4 import Conv4
 from metalib.models.loss import engine
 from stages import files, params
 from stages.command import one_sentence, prepared
+from stages.guard import guarded
 from studies import computing
 from studies.update_contents import combinations, expansions
 from studies.update_contents.schema import Values
@@ -20,6 +21,7 @@ SETTING = "5w5s"
 
 @app.command()
 @one_sentence
+@guarded(NAME)
 def main() -> None:
     """Measure the coefficients of the expansions, and train along the combinations of gradients.
 

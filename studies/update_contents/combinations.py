@@ -111,7 +111,7 @@ def learning_curves(
         def sample(randoms: list[torch.Generator], count: int) -> TaskBatch:
             drawn = tasks.draw(
                 count, pool, way=network.way, images=k * values.shot, drawers=characters.shape[1],
-                rotations="classes", generator=randoms[0],
+                rotations="classes", generators=randoms,
             )  # fmt: skip
             batch = tasks.gather(characters, drawn, k * values.shot)
             return TaskBatch(*(part.repeat(len(names), *[1] * (part.ndim - 1)) for part in batch[:4]))

@@ -66,7 +66,7 @@ def measure(values: schema.Coefficients, seed: int, network: Conv4, images: Tens
     for _ in range(values.draws):
         drawn = tasks.draw(
             1, pool, way=network.way, images=values.batches * values.shot, drawers=images.shape[1],
-            rotations="classes", generator=random,
+            rotations="classes", generators=[random],
         )  # fmt: skip
         task = tasks.gather(images, drawn, values.batches * values.shot)
         # images come shot by shot, so each mini-batch has equally many of each class
