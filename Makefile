@@ -1,6 +1,7 @@
 # make run    the main job: the 5-way 1-shot comparison, from download to table
 # make test   the tests, with linter and type checker
 # make verify whether the committed results are what the runs made, and the tables what the results say
+# make faults every stage ended in every way and run again; writes docs/faults.md; ten minutes
 # All make the environment first: .venv, with the exact versions of requirements.lock.
 
 SHELL := /bin/bash
@@ -15,7 +16,7 @@ STAGES = fetch preprocess cells split@5w1s \
     $$(dvc stage list --name-only | sed -n 's/^evaluate@\(.*-5w1s\)$$/meta_train@\1 evaluate@\1/p') compare@5w1s
 STOPPED = trap 'printf "\nStopped; what is finished is kept. To go on: make $@\n"; exit 130' INT
 
-.PHONY: run glyphs test verify setup lock
+.PHONY: run glyphs test verify faults setup lock
 
 # DVC repeats on stderr the status that a stage exits with: fetch's 3 says that Omniglot's host gave no archive.
 run: setup
@@ -55,6 +56,9 @@ test: setup
 
 verify: setup
 	@python -m stages.verify
+
+faults: setup
+	OMP_NUM_THREADS=1 pytest -m slow tests/faults
 
 setup: .venv/installed
 

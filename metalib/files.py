@@ -19,9 +19,7 @@ def whole(path: Path) -> Iterator[Path]:
     the disk before it replaces `path`. What a killed process left is removed by the next one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        with contextlib.suppress(OSError), locked(left / ".lock", wait=None):
-            shutil.rmtree(left)
+    sweep(path.parent, glob.escape(path.name))
     with contextlib.ExitStack() as own:
         while True:
             folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
@@ -44,6 +42,13 @@ def whole(path: Path) -> Iterator[Path]:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR):
                     raise
     _sync(path.parent)
+
+
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left in the folder of `whole`, for paths whose name has this pattern."""
+    for left in folder.glob(f".{name}.*.part"):
+        with contextlib.suppress(OSError), locked(left / ".lock", wait=None):
+            shutil.rmtree(left)
 
 
 def _sync(path: Path) -> None:

@@ -38,9 +38,9 @@ class Study:
         Numbers, strings, tensors on the CPU, and lists, tuples and dicts of them. `make` is given a checkpoint for a training,
         which serves until the part is finished.
         """
-        if name not in self.parts:
-            path = self.checkpoint.path
-            with keep(path.with_name(f"{path.stem}-{name}.pt"), lambda text: say(self.name, f"{name}: {text}")) as training:
+        path = self.checkpoint.path
+        with keep(path.with_name(f"{path.stem}-{name}.pt"), lambda text: say(self.name, f"{name}: {text}")) as training:
+            if name not in self.parts:  # otherwise its checkpoint may have been left, by a study that was killed just then
                 self.parts[name] = make(training)
                 self.checkpoint.save(parts=self.parts, seconds=time.monotonic() - self.began)
         found: T = self.parts[name]
