@@ -67,7 +67,6 @@ def keep(path: Path, say: Callable[[str], object] = print) -> Iterator[Checkpoin
             held.enter_context(
                 files.locked(path.with_suffix(".lock"), wait=lambda: say("the same training runs in another process; waiting"))
             )
-        files.sweep(path)  # a training that was killed after its last validation writes no other
         yield Checkpoint(path, say)
         with contextlib.suppress(BlockingIOError), files.locked(wanted, wait=None):
             path.unlink(missing_ok=True)

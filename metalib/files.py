@@ -19,7 +19,7 @@ def whole(path: Path) -> Iterator[Path]:
     the disk before it replaces `path`. What a killed process left is removed by the next one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path)
+    sweep(path.parent, glob.escape(path.name))
     with contextlib.ExitStack() as own:
         while True:
             folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
@@ -44,9 +44,9 @@ def whole(path: Path) -> Iterator[Path]:
     _sync(path.parent)
 
 
-def sweep(path: Path) -> None:
-    """Remove what killed processes left of `whole` beside `path`."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left in the folder of `whole`, for paths whose name has this pattern."""
+    for left in folder.glob(f".{name}.*.part"):
         with contextlib.suppress(OSError), locked(left / ".lock", wait=None):
             shutil.rmtree(left)
 

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from metalib.complaints import describe
 from metalib.data.omniglot import DRAWERS, Characters
 from metalib.data.tasks import Protocol, Tasks
+from metalib.files import sweep
 from metalib.files import whole as written
 from stages import guard
 from stages.params import Cell
@@ -35,8 +36,13 @@ def tasks_file(setting: str) -> Path:
 
 
 def checkpoint(name: str) -> Path:
-    """Where a training keeps its state; experiments, which run in folders of their own, share one place."""
-    return Path(os.environ.get("DVC_ROOT", ".")) / ".checkpoints" / f"{name}.pt"
+    """Where a training keeps its state; experiments, which run in folders of their own, share one place.
+
+    What killed processes left there is removed: a training that is taken up after its last validation writes no other.
+    """
+    path = Path(os.environ.get("DVC_ROOT", ".")) / ".checkpoints" / f"{name}.pt"
+    sweep(path.parent)
+    return path
 
 
 def fingerprint(facts: Any, *paths: Path) -> str:

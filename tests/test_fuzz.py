@@ -371,12 +371,12 @@ def test_any_value_of_a_result(tmp_path_factory: pytest.TempPathFactory, which: 
         os.chdir(before)
 
 
+@pytest.mark.usefixtures("edit")
 @pytest.mark.parametrize("text", [
     "", "{", "[1]", "5", '{"accuracy": NaN}', "[" * 100_000, "\xff\xfe", '{"accuracy": 1e999}',
 ])  # fmt: skip
-def test_a_broken_result_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Stage, text: str) -> None:
+def test_a_broken_result_is_named(stage: Stage, text: str) -> None:
     """Seen failing: which of twelve was not said, and a missing number was a KeyError."""
-    monkeypatch.chdir(tmp_path)
     for name in ("maml", "reptile"):
         result("5w1s", name, 0.9, tasks=5)
     path = files.metrics_file("5w1s", "reptile")
@@ -386,23 +386,21 @@ def test_a_broken_result_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert str(path) in said and "make it with: dvc repro evaluate@reptile-5w1s" in said
 
 
+@pytest.mark.usefixtures("edit")
 @pytest.mark.parametrize("values", [
     np.full((1, 3, 5), np.nan, np.float32), np.full((1, 3, 5), 2, np.float32), np.zeros((1, 3), np.float32),
     np.zeros((0, 3, 5), np.float32), np.zeros((1, 3, 1), np.float32), np.zeros((1, 3, 5), int), np.array("x"),
 ])  # fmt: skip
-def test_accuracies_that_are_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Stage, values: np.ndarray[Any, Any]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_accuracies_that_are_none(stage: Stage, values: np.ndarray[Any, Any]) -> None:
     result("5w1s", "maml", 0.9, tasks=5)
     result("5w1s", "leap", 0.9, tasks=5)
     files.save_arrays(files.results_file("5w1s", "maml"), transductive=values, inductive=values)
     assert "results/5w1s/maml.npz cannot be read" in stage(compare.app, "5w1s", fails=True)
 
 
+@pytest.mark.usefixtures("edit")
 @pytest.mark.parametrize("text", ["", "step,validation\n", "step,validation\n1,nan\n", "step,validation\n1\n", "a\n\x00\n"])
-def test_a_broken_curve_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Stage, text: str) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_broken_curve_is_named(stage: Stage, text: str) -> None:
     result("5w1s", "maml", 0.9, tasks=5)
     path = files.plots_folder("5w1s", "maml") / "learning_curve.csv"
     path.write_text(text)

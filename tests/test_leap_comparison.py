@@ -59,7 +59,7 @@ def test_both_budgets_have_the_published_seeds(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.chdir(ROOT)
     python.seed(6534)
-    published = [python.randint(0, 10_000) for _ in range(10)]  # noqa: S311  # not a secret
+    published = [python.randint(0, 10_000) for _ in range(10)]  # not a secret
     assert asked("paper").seeds == published
     quick = asked("quick")
     assert quick.seeds == published[: len(quick.seeds)]

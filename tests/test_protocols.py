@@ -67,7 +67,7 @@ def asked(edit: Edit, stage: Stage) -> Protocols:
 def test_every_choice_departs_in_one_thing() -> None:
     """A learner trained with inductive statistics is tested with them: the one departure in two fields."""
     asked = Protocols(
-        learners=["a", "b"], share=1, seeds=1, test_tasks=1, queries=[1, 5, 15], schemes=["vinyals", "characters"]
+        learners=["a", "b"], share=1, seeds=1, test_tasks=2, queries=[1, 5, 15], schemes=["vinyals", "characters"]
     )  # fmt: skip
     reference, *others = choices(asked)
     assert len(others) == 6 and (reference.scheme, reference.query) == ("vinyals", 1)

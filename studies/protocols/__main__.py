@@ -35,7 +35,7 @@ def main() -> None:
         engine(params.make_network(cell, way=shape.way, image_size=data.images.shape[-1]), device) for cell in cells.values()
     ]
     facts = [[cell.model_dump(mode="json") for cell in cells.values()], engines, vars(file.split), vars(file.tasks)]
-    inputs = [files.CHARACTERS, Path(meta_train.__file__)]
+    inputs = [files.CHARACTERS, Path(meta_train.__file__), Path(params.__file__)]
     with computing.study(NAME, asked, device, *facts, inputs=inputs) as study:
         found = accuracies(asked, cells, stored, torch.from_numpy(data.images).to(device), study)
         study.write(
