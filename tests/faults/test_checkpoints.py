@@ -57,7 +57,7 @@ def test_what_a_killed_training_left_serves_no_other(
 ) -> None:
     """Killed before a random operation, so that it left one, and run with something changed."""
     library = project.folder / "metalib/inner.py"
-    chance = random.Random(what)  # noqa: S311  # repeatable
+    chance = random.Random(what)
     honest = library.read_bytes()
 
     def prepare() -> None:

@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_signal_at_a_random_moment(stage: str, sent: signal.Signals, project: Project, table: Table) -> None:
     """Half of the times beside the results of other params, half of the times without."""
-    chance = random.Random(f"{stage} {sent.name}")  # noqa: S311  # repeatable
+    chance = random.Random(f"{stage} {sent.name}")
     with table.of(stage, sent.name) as trials:
         for number in range(TIMES):
             stale, moment = number % 2 == 0, chance.random() * project.seconds[stage]
