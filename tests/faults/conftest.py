@@ -1,6 +1,9 @@
 """What is tried, and the page about it."""
 
-from collections.abc import Iterator
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from tests.conftest import ROOT
+from tests.faults.process import Process
 from tests.faults.project import STAGES, Project
 
 PAGE = ROOT / "docs/faults.md"
@@ -67,8 +71,23 @@ class Table:
     def of(self, stage: str, fault: str) -> Iterator[Trials]:
         trials = self.trials[stage, fault] = Trials()
         yield trials
-        assert trials.tried
+        assert trials.tried, "nothing was tried"
         assert not trials.lost, f"{len(trials.lost)} of {trials.tried}:\n" + "\n".join(trials.lost)
+
+    def fill(self, stage: str, fault: str, project: Project, some: Callable[[Project, int, int], Trials]) -> None:
+        """The trials that `some(project, first, step)` makes, by as many processes as there are cores."""
+        count = len(os.sched_getaffinity(0))
+
+        def worker(first: int) -> None:
+            print(json.dumps(vars(some(project.copy(first), first, count))))
+
+        with self.of(stage, fault) as trials:
+            for process in [Process(functools.partial(worker, first), project.folder) for first in range(count)]:
+                ended = process.end(patience=3600)
+                assert ended.status == 0, ended.said
+                found = json.loads(ended.said.splitlines()[-1])
+                trials.tried += found["tried"]
+                trials.lost += found["lost"]
 
     def whole(self) -> bool:
         return all((stage, kind) in self.trials for stage in STAGES for kind in KINDS) and all(
@@ -87,8 +106,11 @@ class Table:
             some = [self.trials[stage, kind] for kind in KINDS]
             lines.append([stage, *(str(trials.tried) for trials in some), lost(some)])
         everything = list(self.trials.values())
-        text = HEAD + "Times tried: signals at random moments; death before each operation on a file (so after each, too), and "
-        text += "within the first write after it, which leaves one byte:\n\n"
+        text = (
+            HEAD
+            + "Times tried: signals at random moments; death before each operation on a file (so after each, too), and within\n"
+        )
+        text += "the first write after it, which leaves one byte:\n\n"
         text += "\n".join(f"| {' | '.join(line)} |" for line in lines)
         text += "\n\nAnd on a training, `meta_train@maml-5w1s`:\n\n| fault | tried | lost |\n| :-- | --: | :-- |\n"
         text += "".join(

@@ -67,7 +67,7 @@ class Process:
                 os.chdir(folder)
                 os.dup2(output, 1)
                 os.dup2(output, 2)
-                sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8")  # noqa: SIM115  # until the end
+                sys.stdout = sys.stderr = open(1, "w", 1, "utf-8", closefd=False)  # noqa: SIM115  # until the end
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 self._watch(fault)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -105,9 +105,9 @@ class Process:
         """Whether it has not ended yet; its end is kept."""
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
-    def end(self) -> Ended:
+    def end(self, patience: float = PATIENCE) -> Ended:
         """Wait for it; AssertionError when it hangs."""
-        said, until = b"", time.monotonic() + PATIENCE
+        said, until = b"", time.monotonic() + patience
         with selectors.DefaultSelector() as selector:
             selector.register(self._output, selectors.EVENT_READ)
             while time.monotonic() < until:

@@ -1,5 +1,6 @@
 """A tiny project as it is before and after each stage."""
 
+import copy
 import functools
 import re
 import shutil
@@ -73,6 +74,13 @@ class Project:
             if name in RIVAL:
                 self.run(RIVAL[name])
         return tree(self.folder)
+
+    def copy(self, number: int) -> "Project":
+        """For trials beside those in this one."""
+        made = copy.copy(self)
+        made.folder = self.folder.with_name(f"project{number}")
+        shutil.copytree(self.folder, made.folder, dirs_exist_ok=True)
+        return made
 
     def run(self, work: Callable[[], object]) -> Ended:
         """Without any fault."""

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.faults.conftest import Table
+from tests.faults.conftest import Table, Trials
 from tests.faults.process import Ended, Process, break_off_after, die_before
 from tests.faults.project import STAGES, Project
 
@@ -20,40 +20,53 @@ SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_signal_at_a_random_moment(stage: str, sent: signal.Signals, project: Project, table: Table) -> None:
     """Half of the times beside the results of other params, half of the times without."""
-    chance = random.Random(f"{stage} {sent.name}")
-    with table.of(stage, sent.name) as trials:
-        for number in range(TIMES):
-            stale, moment = number % 2 == 0, chance.random() * project.seconds[stage]
-            while (ended := struck(project, stage, sent, moment, stale)) is None:
-                moment *= 0.8  # it was too late
+
+    def some(project: Project, first: int, step: int) -> Trials:
+        trials = Trials()
+        for number in range(first, TIMES, step):
+            stale, share = number % 4 < 2, random.Random(f"{stage} {sent.name} {number}").random()
+            while (ended := struck(project, stage, sent, share, stale)) is None:
+                share *= 0.9  # it was too late
             with trials.trial(f"{ended.status} after {ended.operations} operations, {ended.last}: {ended.said}"):
                 assert "Traceback" not in ended.said or ended.said.endswith("KeyboardInterrupt\n"), "another error"
                 project.resume(stage, stale)
+        return trials
+
+    table.fill(stage, sent.name, project, some)
 
 
-def struck(project: Project, stage: str, sent: signal.Signals, moment: float, stale: bool) -> Ended | None:
-    """How the stage ended that got the signal after so many seconds; None when it had ended before."""
+def struck(project: Project, stage: str, sent: signal.Signals, share: float, stale: bool) -> Ended | None:
+    """How the stage ended that got the signal after this share of its time; None when it had ended before."""
     project.prepare(stage, stale)
+    began = time.monotonic()
     process = Process(STAGES[stage], project.folder)
-    time.sleep(moment)
-    if hit := process.runs():
+    while (runs := process.runs()) and time.monotonic() < began + share * project.seconds[stage]:
+        time.sleep(0.002)
+    if runs:
         os.kill(process.pid, sent)
-    ended = process.end()
-    return ended if hit else None
+        return process.end()
+    project.seconds[stage] = time.monotonic() - began
+    process.end()
+    return None
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_death_before_each_operation_on_a_file(stage: str, project: Project, table: Table) -> None:
     """And so after each: on the disk, nothing differs between after one and before the next."""
-    with table.of(stage, "operation") as trials:
-        for number in range(10_000):
+
+    def some(project: Project, first: int, step: int) -> Trials:
+        trials, number = Trials(), first
+        while True:
             project.prepare(stage, stale=True)
             ended = Process(STAGES[stage], project.folder, die_before(number)).end()
             if ended.status == 0:
-                return
+                return trials
             with trials.trial(f"before operation {number}, {ended.last}: {ended.said}"):
                 assert ended.status == -signal.SIGKILL, "ended by itself"
                 project.resume(stage, stale=True)
+            number += step
+
+    table.fill(stage, "operation", project, some)
 
 
 @pytest.mark.parametrize("stage", STAGES)
