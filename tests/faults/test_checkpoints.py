@@ -56,7 +56,8 @@ def test_what_a_killed_training_left_serves_no_other(
     what: str, changed: Callable[[Project], Callable[[], object]], project: Project, table: Table
 ) -> None:
     """Killed before a random operation, so that it left one, and run with something changed."""
-    library, chance = project.folder / "metalib/inner.py", random.Random(what)
+    library = project.folder / "metalib/inner.py"
+    chance = random.Random(what)
     honest = library.read_bytes()
 
     def prepare() -> None:
