@@ -1,7 +1,7 @@
 # make run    the main job: the 5-way 1-shot comparison, from download to table
 # make test   the tests, with linter and type checker
 # make verify whether the committed results are what the runs made, and the tables what the results say
-# make faults every stage ended in every way and run again; writes docs/faults.md; ten minutes
+# make faults every stage ended in every way and run again; writes docs/faults.md; a quarter of an hour
 # All make the environment first: .venv, with the exact versions of requirements.lock.
 
 SHELL := /bin/bash

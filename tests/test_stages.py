@@ -148,9 +148,11 @@ def test_a_stopped_training_goes_on(number: int, edit: Edit, stage: Stage, monke
     prepare(stage)
     stage(meta_train.app, "maml", "5w1s")
     whole = weights()
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is deaf to it
     with monkeypatch.context() as patch:
         patch.setattr(meta_train, "train", until(lambda: os.kill(os.getpid(), number)))
         stopped = CliRunner().invoke(meta_train.app, ["maml", "5w1s"])
+    signal.signal(signal.SIGINT, heard)
     assert stopped.exit_code == 128 + number
     assert stopped.output.splitlines()[-1] == "maml 5w1s: stopped; the same command goes on from meta-step 2"
     assert len(list(Path(".checkpoints").iterdir())) == 1
