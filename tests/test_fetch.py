@@ -127,7 +127,7 @@ def test_an_address_without_the_archives_is_one_sentence(
 def test_a_refusal_by_the_official_host_has_a_status_of_its_own(
     edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seen failing with the status that a typing error in params.yaml has."""
+    """Another one than a typing error in params.yaml has: `make run` tells them apart by it."""
     edit(data__source="omniglot")
     reply = requests.Response()
     reply.status_code, reply.reason, reply.raw = 403, "Forbidden", io.BytesIO()

@@ -231,7 +231,7 @@ def test_joint_training_never_waits_for_the_host() -> None:
 def test_a_stopped_meta_training_ends_as_it_would_have(
     method: str, killed_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the bit. Seen failing with a checkpoint at the end alone, and without the heads of joint training in it."""
+    """To the bit. Seen failing with a checkpoint at the end alone."""
     checkpoint, asked = tmp_path / "kept.pt", dataclasses.replace(SMALL, meta_steps=4)
     whole = run(method, SMALL.seeds, asked)
     plain, left = tasks.meta_batch, killed_after

@@ -353,7 +353,7 @@ def test_a_failed_build_leaves_nothing_behind(
 
 @pytest.mark.parametrize("content", [b"", b"whole", b"half", b"not a library"])
 def test_a_damaged_library_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
-    """Seen failing: a file cut short ended the process with a bus error, an empty or a foreign one was never replaced."""
+    """Reported: a file cut short ended the process with a bus error, an empty or a foreign one was never replaced."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "SOURCE", small_source(tmp_path))
     for _ in range(2):
@@ -372,7 +372,7 @@ def test_a_damaged_library_is_built_again(tmp_path: Path, monkeypatch: pytest.Mo
 def test_without_a_cache_it_is_built_for_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Seen failing: each of them meant the slower engine, and no home a traceback."""
+    """Reported: each of them meant the slower engine, and no home a traceback."""
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(native, "SOURCE", small_source(tmp_path))
     native.library.cache_clear()

@@ -181,10 +181,7 @@ def test_a_finished_training_outlives_what_fails_after_it(edit: Edit, stage: Sta
 def test_the_second_of_two_takes_what_the_first_has_trained(
     edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The second one, of another experiment, is a process of its own; the first ends while it waits.
-
-    Seen failing without the lock.
-    """
+    """The second one, of another experiment, is a process of its own; the first ends while it waits."""
     edit()
     prepare(stage)
     second = tmp_path / "second"
