@@ -1,5 +1,6 @@
 """A small project of its own for tests of the stages."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ Edit = Callable[..., None]
 Stage = Callable[..., str]
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # and in processes that tests start, whose models say how many there were
 
 TINY = {
     "data.source": "glyphs",
