@@ -1,5 +1,6 @@
 """A small project of its own for tests of the stages."""
 
+import copy
 import os
 import shutil
 from collections.abc import Callable
@@ -12,12 +13,30 @@ from ruamel.yaml import YAML
 from typer import Typer
 from typer.testing import CliRunner
 
+from stages import cells, fetch, preprocess, split
+
 ROOT = Path(__file__).parents[1]
 Edit = Callable[..., None]
 Stage = Callable[..., str]
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # and in processes that tests start, whose models say how many there were
+
+read = YAML.load
+known = dict[str | bytes, Any]()
+
+
+def load(self: YAML, stream: Any) -> Any:
+    """The same text is parsed once: reading dvc.yaml takes longer than what most stages do at tiny size."""
+    text = stream.read_bytes() if isinstance(stream, Path) else stream
+    if self.typ != ["safe"] or not isinstance(text, str | bytes):
+        return read(self, stream)
+    if text not in known:
+        known[text] = read(self, stream)
+    return copy.deepcopy(known[text])
+
+
+YAML.load = load
 
 TINY = {
     "data.source": "glyphs",
@@ -36,8 +55,7 @@ TINY = {
 
 def change(file: Path, values: dict[str, Any]) -> None:
     """Set dotted keys of a YAML file; None removes the key."""
-    yaml = YAML()
-    content = yaml.load(file)
+    content = YAML(typ="safe").load(file)
     for path, value in values.items():
         *parents, last = path.split(".")
         place = content
@@ -47,7 +65,8 @@ def change(file: Path, values: dict[str, Any]) -> None:
             del place[last]
         else:
             place[last] = value
-    yaml.dump(content, file)
+    if values:
+        YAML().dump(content, file)
 
 
 def shrink(file: Path) -> None:
@@ -72,18 +91,38 @@ def copy_project(folder: Path) -> None:
             shutil.copy(source, target)
 
 
+@pytest.fixture(scope="session")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with dvc.yaml, a tiny params.yaml, and the data that its stages make before any training."""
+    folder = tmp_path_factory.mktemp("ready")
+    for file in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / file, folder)
+    shrink(folder / "params.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for module, *arguments in ((fetch,), (preprocess,), (cells,), (split, "5w1s"), (split, "5w5s")):
+            outcome = CliRunner().invoke(module.app, arguments)
+            assert outcome.exit_code == 0, outcome.output
+    return folder
+
+
 @pytest.fixture
-def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Edit:
+def edit(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Edit:
     """A folder with a tiny params.yaml to work in; call it to change the file."""
     file = tmp_path / "params.yaml"
-    file.write_text((ROOT / "params.yaml").read_text())
-    shutil.copy(ROOT / "dvc.yaml", tmp_path)
-    shrink(file)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ready / name, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMNIGLOT_MIRROR", raising=False)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.setenv("METALIB_DEVICE", "cpu")
     return lambda **values: change(file, {key.replace("__", "."): value for key, value in values.items()})
+
+
+@pytest.fixture
+def data(edit: Edit, ready: Path) -> None:
+    """And what fetch, preprocess, cells and split make there, of both 5-way settings; edited values of theirs come too late."""
+    shutil.copytree(ready / "data", "data")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from benchmarks import accuracy, convolutions, peers, plan, report, reproducibility, speed, step_cost, work
 from benchmarks.peers import libraries, loop, vmap
 from metalib import algorithms
-from stages import cells, fetch, meta_train, params, preprocess, split
+from stages import cells, meta_train, params
 from tests import problems
 from tests.conftest import Edit, Stage
 
@@ -109,15 +109,12 @@ def test_all_implementations_of_a_convolution_agree(size: int, channels: int) ->
     convolutions.agree(convolutions.implementations(2, 3, size, channels, CPU))
 
 
-def test_what_trainings_cost(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_trainings_cost(data: None, edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan and accuracy take learners and settings from params.yaml. One without meta-steps costs its tests alone."""
     others = {f"algorithms__{name}": None for name in algorithms.names() if name not in ("maml", "scratch")}
     edit(**others, settings=["5w1s"], studies__protocols__common__learners=["maml"])
     edit(budgets__paper__counts__common__validation_tasks=4, budgets__paper__network__filters=4)
     edit(budgets__paper__outer__meta_batch=2)
-    stage(fetch.app)
-    stage(preprocess.app)
-    stage(split.app, "5w1s")
     monkeypatch.setattr(step_cost, "WARM", 1)
     monkeypatch.setitem(step_cost.TIMED, "cpu", 2)
     monkeypatch.setitem(plan.TASKS, "cpu", 2)
@@ -135,12 +132,8 @@ def test_what_trainings_cost(edit: Edit, stage: Stage, monkeypatch: pytest.Monke
     assert all(f"| {row} | " in text for row in ("maml | quick | 4", "scratch | quick | 0 | 0.0", "maml | paper | 0"))
 
 
-def test_how_far_apart_trainings_end(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_far_apart_trainings_end(data: None, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same training twice, and one of more meta-steps that stands for another engine."""
-    edit()
-    stage(fetch.app)
-    stage(preprocess.app)
-    stage(split.app, "5w1s")
     other = reproducibility.Means("other", {})
     monkeypatch.setattr(reproducibility, "means", lambda cell: [reproducibility.Means("first", {}), other])
 

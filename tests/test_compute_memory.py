@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from stages import fetch, preprocess
 from studies.compute_memory.__main__ import app
 from studies.page import app as pages
 from tests.conftest import ROOT, Edit, Stage
@@ -18,12 +17,6 @@ SMALL = {
         "halvings": 1,
     }.items()
 }  # fmt: skip
-
-
-def prepare(edit: Edit, stage: Stage, **changes: object) -> None:
-    edit(**SMALL | {f"studies__compute_memory__quick__{key}": value for key, value in changes.items()})
-    stage(fetch.app)
-    stage(preprocess.app)
 
 
 def test_the_committed_figure_shows_it() -> None:
@@ -42,9 +35,11 @@ def test_the_committed_figure_shows_it() -> None:
         assert max(implicit) - min(implicit) < 0.05 * (maml[-1] - maml[0])
 
 
-def test_maml_s_memory_grows_and_implicit_maml_s_does_not(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_maml_s_memory_grows_and_implicit_maml_s_does_not(
+    data: None, edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By PyTorch's operators. Seen failing with MAML's learner under FOMAML's name and the other way round."""
-    prepare(edit, stage)
+    edit(**SMALL)
     monkeypatch.setenv("METALIB_ENGINE", "wide")  # alone
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # where the processes' server finds what it loads once for all
     stage(app)
@@ -76,8 +71,8 @@ def test_maml_s_memory_grows_and_implicit_maml_s_does_not(edit: Edit, stage: Sta
     ({"network": {"head_init": "one"}}, "studies.compute_memory.quick.network.head_init: Input should be"),
     ({"query": 17}, "shot + query: 21 images of a class, but each has only 20"),
 ])  # fmt: skip
-def test_bad_params_are_one_sentence(change: dict[str, object], sentence: str, edit: Edit, stage: Stage) -> None:
-    prepare(edit, stage, **change)
+def test_bad_params_are_one_sentence(change: dict[str, object], sentence: str, data: None, edit: Edit, stage: Stage) -> None:
+    edit(**SMALL | {f"studies__compute_memory__quick__{key}": value for key, value in change.items()})
     assert sentence in stage(app, fails=True)
 
 

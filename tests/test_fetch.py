@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import io
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,15 +22,20 @@ from tests.conftest import Edit, Stage
 REAL = os.path.abspath(os.environ["OMNIGLOT_MIRROR"]) if os.environ.get("OMNIGLOT_MIRROR") else None
 
 
-@pytest.fixture
-def mirror(edit: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with two small archives that are taken for the genuine ones."""
-    edit(data__source="omniglot")
-    folder = tmp_path / "a mirror"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A folder with two small archives, and their digests."""
+    folder = tmp_path_factory.mktemp("drawn")
     glyphs.write(folder, glyphs.Glyphs(background=10, evaluation=10, characters=5, seed=0))
-    for name in ARCHIVES:
-        monkeypatch.setitem(omniglot.DIGESTS, name, omniglot.content_digest(folder / f"{name}.zip"))
+    return folder, {name: omniglot.content_digest(folder / f"{name}.zip") for name in ARCHIVES}
+
+
+@pytest.fixture
+def mirror(drawn: tuple[Path, dict[str, str]], edit: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with those archives, which are taken for the genuine ones."""
+    edit(data__source="omniglot")
+    folder = shutil.copytree(drawn[0], tmp_path / "a mirror")
+    monkeypatch.setattr(omniglot, "DIGESTS", drawn[1])
     monkeypatch.setattr(fetch.time, "sleep", lambda seconds: None)
     return folder
 

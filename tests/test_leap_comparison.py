@@ -17,7 +17,7 @@ from metalib.data.omniglot import Characters
 from metalib.models.loss import Conv4Loss
 from metalib.randomness import generator
 from metalib.types import Params, TaskBatch
-from stages import fetch, params, preprocess
+from stages import params
 from studies.leap_comparison import curves, figure, methods, summary, tasks
 from studies.leap_comparison.__main__ import app
 from studies.leap_comparison.schema import Augmentation, Comparison, LeapChoices, OuterRates
@@ -358,10 +358,8 @@ TINY = {
 }  # fmt: skip
 
 
-def test_the_study(edit: Edit, stage: Stage) -> None:
+def test_the_study(data: None, edit: Edit, stage: Stage) -> None:
     edit(**TINY)
-    stage(fetch.app)
-    stage(preprocess.app)
     said = stage(app) + stage(pages, "leap_comparison")
     assert said.count("error on held-out images") == 11  # five methods at both n, and no pre-training once
     metrics = json.loads(Path("reports/studies/leap_comparison.metrics.json").read_text())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from metalib.comparison import ranking, shift
-from stages import cells, fetch, files, params, preprocess
+from stages import cells, files, params
 from studies.page import app as pages
 from studies.protocols.__main__ import app
 from studies.protocols.accuracies import shortened, task_file
@@ -55,11 +55,9 @@ def test_a_ranking_that_is_turned_round() -> None:
 
 
 @pytest.fixture
-def asked(edit: Edit, stage: Stage) -> Protocols:
+def asked(data: None, edit: Edit, stage: Stage) -> Protocols:
     """A tiny project with characters and cells."""
     edit(**TINY)
-    stage(fetch.app)
-    stage(preprocess.app)
     stage(cells.app)
     return params.study(params.read(), "protocols", Protocols)
 

@@ -8,22 +8,15 @@ from pathlib import Path
 
 import torch
 
-from stages import cells, evaluate, fetch, meta_train, preprocess, split
+from stages import cells, evaluate, meta_train, preprocess, split
 from tests.conftest import Edit, Stage
 
 MODEL = Path("models/5w1s/maml")
 
 
-def train(stage: Stage) -> None:
-    for app, *arguments in ((fetch.app,), (preprocess.app,), (cells.app,), (split.app, "5w1s")):
-        stage(app, *arguments)
-    stage(meta_train.app, "maml", "5w1s")
-
-
-def test_a_model_says_what_it_is_of(edit: Edit, stage: Stage) -> None:
+def test_a_model_says_what_it_is_of(data: None, stage: Stage) -> None:
     """Its code is what dvc.yaml declares for it, and no other learner's."""
-    edit()
-    train(stage)
+    stage(meta_train.app, "maml", "5w1s")
     found = json.loads((MODEL / "meta.json").read_text())
     assert found["learner"]["inner_lr"] == 0.4 and found["outer"]["meta_steps"] == 4 and found["train_shot"] == 1
     assert (found["data"], found["engine"], found["threads"]) == ("glyphs", "wide", torch.get_num_threads())
@@ -39,10 +32,9 @@ def test_a_model_says_what_it_is_of(edit: Edit, stage: Stage) -> None:
         assert (again != found) == differs == (again["sha256"]["code"] != found["sha256"]["code"])
 
 
-def test_a_model_that_does_not_fit_is_refused(edit: Edit, stage: Stage) -> None:
+def test_a_model_that_does_not_fit_is_refused(data: None, edit: Edit, stage: Stage) -> None:
     """Values, numbers of seeds, tasks or characters have changed since; or the model does not say."""
-    edit()
-    train(stage)
+    stage(meta_train.app, "maml", "5w1s")
     stage(evaluate.app, "maml", "5w1s")
     before = {path: path.read_bytes() for path in Path("metrics").rglob("*.json")}
 

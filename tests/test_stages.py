@@ -36,20 +36,14 @@ STAGES = {
 }  # fmt: skip
 
 
-def prepare(stage: Stage) -> None:
-    stage(fetch.app)
-    stage(preprocess.app)
-    stage(cells.app)
-    stage(split.app, "5w1s")
-
-
 def test_the_whole_road(edit: Edit, stage: Stage, tmp_path: Path) -> None:
     """Every learner from fetch to leaderboard; another process, with another order of sets, leaves the same bytes elsewhere.
 
     Seen failing where learners of equal accuracy stood in the leaderboard in the order of a set.
     """
     edit()
-    prepare(stage)
+    for module, *arguments in ((fetch,), (preprocess,), (cells,), (split, "5w1s")):
+        stage(module.app, *arguments)
     with np.load("data/tasks/5w1s.npz") as stored:
         assert stored["test_classes"].shape == (7, 5) and stored["validation_images"].shape == (5, 5, 2)
         assert set(stored["test_classes"].flatten()) <= set(stored["test"])
@@ -115,9 +109,9 @@ def rows(path: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_inductive_training(edit: Edit, stage: Stage) -> None:
+def test_inductive_training(data: None, edit: Edit, stage: Stage) -> None:
     edit(meta_train__statistics="inductive", meta_train__rotations="tasks")
-    prepare(stage)
+    stage(cells.app)
     stage(meta_train.app, "maml", "5w1s")
     stage(evaluate.app, "maml", "5w1s")
     run = json.loads(Path("metrics/5w1s/maml.run.json").read_text())
@@ -142,10 +136,8 @@ def weights(setting: str = "5w1s", algorithm: str = "maml") -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_training_goes_on(number: int, edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_training_goes_on(number: int, data: None, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after the first validation: a sentence, a checkpoint, and in the end the same weights of both seeds."""
-    edit()
-    prepare(stage)
     stage(meta_train.app, "maml", "5w1s")
     whole = weights()
     heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is deaf to it
@@ -161,10 +153,8 @@ def test_a_stopped_training_goes_on(number: int, edit: Edit, stage: Stage, monke
     assert weights() == whole and len(whole) == 2
 
 
-def test_a_finished_training_outlives_what_fails_after_it(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_training_outlives_what_fails_after_it(data: None, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen failing with a checkpoint that goes before the model is in its place."""
-    edit()
-    prepare(stage)
 
     def full(*_: object, **__: object) -> None:
         raise ValueError("the disk is full")
@@ -179,11 +169,9 @@ def test_a_finished_training_outlives_what_fails_after_it(edit: Edit, stage: Sta
 
 
 def test_the_second_of_two_takes_what_the_first_has_trained(
-    edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    data: None, stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The second one, of another experiment, is a process of its own; the first ends while it waits."""
-    edit()
-    prepare(stage)
     second = tmp_path / "second"
     second.mkdir()
     for name in ("params.yaml", "dvc.yaml", "data"):
@@ -211,10 +199,10 @@ def test_the_second_of_two_takes_what_the_first_has_trained(
     assert not list(Path(".checkpoints").iterdir())
 
 
-def test_values_changed_during_a_training_are_noticed(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_changed_during_a_training_are_noticed(
+    data: None, edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At the next validation, here the last one; with the old values, nothing is trained again."""
-    edit()
-    prepare(stage)
 
     def change(rate: float) -> None:
         edit(algorithms__maml__quick__common__inner_lr=rate)
@@ -229,10 +217,8 @@ def test_values_changed_during_a_training_are_noticed(edit: Edit, stage: Stage, 
     assert "goes on from meta-step 4" in stage(meta_train.app, "maml", "5w1s")
 
 
-def test_a_checkpoint_belongs_to_one_training_alone(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_belongs_to_one_training_alone(data: None, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its name is another with other values, data, engine, device, PyTorch or code; a stray file beside the code is none."""
-    edit()
-    prepare(stage)
     for package in ("metalib", "stages"):
         shutil.copytree(ROOT / package, package, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(metalib, "__path__", ["metalib"])
@@ -267,10 +253,8 @@ def test_a_checkpoint_belongs_to_one_training_alone(edit: Edit, stage: Stage, mo
         assert new(cell.model_copy(update={name: value}))
 
 
-def test_damaged_data_are_named(edit: Edit, stage: Stage) -> None:
+def test_damaged_data_are_named(data: None, stage: Stage) -> None:
     """Seen failing: an empty file ended in "Aborted."."""
-    edit()
-    prepare(stage)
     for file, remake in (("data/characters.npz", "preprocess"), ("data/tasks/5w1s.npz", "split@5w1s")):
         content = Path(file).read_bytes()
         middle = len(content) // 2
@@ -293,10 +277,8 @@ def test_the_bar_keeps_count_rate_and_time_left_at_80_columns() -> None:
     assert "99999/100000" in shown and "123.4 steps/s" in shown and "-:--:--" in shown and "98.70 %" in shown
 
 
-def test_divergence_names_algorithm_setting_seed_and_step(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_divergence_names_algorithm_setting_seed_and_step(data: None, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of two seeds, from the start on: the other is trained to its end, and not again when the stage is run again."""
-    edit()
-    prepare(stage)
     finite = torch.tensor([1.0, 1.0, math.nan, math.nan])  # of two tasks of each seed, of which the second one's diverge
 
     def loss(network: Conv4, support: int | None) -> TaskLoss:
@@ -335,9 +317,7 @@ def test_stages_out_of_order_say_what_to_run(edit: Edit, stage: Stage) -> None:
     assert "'mamel'" in stage(meta_train.app, "mamel", "5w1s", fails=True)
 
 
-def test_an_unusable_device_is_refused(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    edit()
-    prepare(stage)
+def test_an_unusable_device_is_refused(data: None, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("METALIB_DEVICE", "tpu")
     assert "METALIB_DEVICE: 'tpu' cannot be used here" in stage(meta_train.app, "maml", "5w1s", fails=True)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import step_cost
-from stages import fetch, params, preprocess, split
-from tests.conftest import Edit, Stage
+from stages import params
+from tests.conftest import Stage
 from tuning import tries
 
 LISTS = sorted(Path(tries.__file__).parent.glob("*.yaml"))
@@ -79,15 +79,11 @@ def test_a_wrong_try_is_refused(tmp_path: Path, entry: str, complaint: str) -> N
         one.cell(params.read())
 
 
-def test_a_list_is_run(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_is_run(data: None, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """A share of the meta-steps, or as many as the seconds allow; the table says how many, and the header how to make it again.
 
     A learner without meta-steps is validated once, which stands in the last column.
     """
-    edit()
-    stage(fetch.app)
-    stage(preprocess.app)
-    stage(split.app, "5w1s")
     monkeypatch.setitem(tries.VALIDATION_TASKS, "5w1s", 4)
     monkeypatch.setattr(step_cost, "seconds_per_step", lambda *_: 0.5)
     shares = "- {learner: maml, setting: 5w1s, share: 1.5, seeds: 2, set: {inner_lr: [0.1, 0.2]}}\n"

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from metalib import algorithms, tree
 from metalib.types import Params, TaskBatch
-from stages import fetch, preprocess, split
 from studies.page import app as pages
 from studies.update_contents import combinations, expansions
 from studies.update_contents.__main__ import app
@@ -104,16 +103,9 @@ SMALL = {
 }
 
 
-def prepare(stage: Stage) -> None:
-    stage(fetch.app)
-    stage(preprocess.app)
-    stage(split.app, "5w5s")
-
-
-def test_the_study(edit: Edit, stage: Stage) -> None:
+def test_the_study(data: None, edit: Edit, stage: Stage) -> None:
     """On a network with ReLUs the smallest alpha's coefficients are the slides' to a hundredth."""
     edit(**SMALL)
-    prepare(stage)
     said = stage(app)
     stage(pages, "update_contents")
     assert "(g1 + ... + g4)/4: meta-step 4" in said
@@ -145,10 +137,9 @@ def test_the_study(edit: Edit, stage: Stage) -> None:
     ({"combinations__shot": 6}, "shot + query: 24 images of a class, but each has only 20"),
     ({"combinations__inner_lr": 1e30}, "combinations.inner_lr: Input should be less than or equal to 10, got 1e+30"),
 ])  # fmt: skip
-def test_bad_params_are_one_sentence(change: dict[str, object], sentence: str, edit: Edit, stage: Stage) -> None:
+def test_bad_params_are_one_sentence(change: dict[str, object], sentence: str, data: None, edit: Edit, stage: Stage) -> None:
     common = {"studies__update_contents__common__coefficients__gradients": [2]}
     edit(**SMALL | common | {f"studies__update_contents__common__{key}": value for key, value in change.items()})
-    prepare(stage)
     assert sentence in stage(app, fails=True)
 
 
@@ -157,9 +148,8 @@ def test_without_tasks_it_says_what_to_run(edit: Edit, stage: Stage) -> None:
     assert "dvc repro split@5w5s" in stage(app, fails=True)
 
 
-def test_a_lost_loss_is_one_sentence(edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_loss_is_one_sentence(data: None, edit: Edit, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     edit(**SMALL | {"studies__update_contents__common__coefficients__gradients": [2]})
-    prepare(stage)
     lost = lambda params, x, y: torch.nan * params["head.weight"].flatten(1).sum(1)  # noqa: E731
     monkeypatch.setattr(combinations, "Conv4Loss", lambda network: lost)
     said = stage(app, fails=True)
