@@ -1,6 +1,7 @@
 """What a system lacks is one sentence; what the code lacks keeps its traceback."""
 
 import errno
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import typer
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
-from stages import evaluate, guard, meta_train, preprocess
+from stages import evaluate, files, guard, meta_train, preprocess
 from stages.command import console, one_sentence
 from studies.leap_comparison import __main__ as leap_comparison
 from studies.protocols import __main__ as protocols
@@ -43,6 +44,23 @@ def test_what_a_system_lacks_is_a_sentence(error: Exception, words: list[str]) -
     outcome = CliRunner().invoke(failing(error))
     assert outcome.exit_code == 1 and isinstance(outcome.exception, SystemExit)
     assert outcome.output.count("\n") == 1 and all(word in outcome.output for word in words)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, ""), OSError(errno.ENOSPC, "", "elsewhere")])
+def test_a_full_disk_is_named(error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen failing: a write that finds no room names no file. What names one keeps its name."""
+    monkeypatch.chdir(tmp_path)
+
+    def main() -> None:
+        with files.whole(Path("data/x")) as beside:
+            beside.write_text("half")
+            raise error
+
+    app = typer.Typer()
+    app.command()(one_sentence(main))
+    said = CliRunner().invoke(app).output
+    assert said.startswith(f"error: {error.filename}: No space left on device;") and not list(Path("data").iterdir())
+    assert error.filename in ("data/x", "elsewhere")
 
 
 @pytest.mark.parametrize("error", [
