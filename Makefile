@@ -38,7 +38,7 @@ run: setup
 # The 5-way 1-shot comparison on generated characters, as a DVC experiment named glyphs.
 # For one, DVC writes the project's path and .git/config anew, in ASCII.
 glyphs: setup
-	@if { pwd -P; cat .git/config 2>/dev/null; } | LC_ALL=C grep -q '[^[:print:][:space:]]'; then \
+	@if { pwd -P; cat "$$(git rev-parse --git-path config)" 2>/dev/null; } | LC_ALL=C grep -q '[^[:print:][:space:]]'; then \
 	    echo "error: DVC runs an experiment only where the project's path and .git/config are ASCII; move the folder or" \
 	        'change what is in .git/config, or set data.source to glyphs in params.yaml and run: dvc repro compare@5w1s' >&2; \
 	    exit 1; \

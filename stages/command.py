@@ -24,6 +24,7 @@ P = ParamSpec("P")
 SURROUNDINGS = (  # what a system lacks, and no code can mend: room, rights, handles
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE,
 )  # fmt: skip
+CHUNKED = ("meta_train", "protocols")  # the stages whose trainings METALIB_CHUNK divides
 FULL = ("file write failed", *map(os.strerror, SURROUNDINGS))  # in the words of torch and of safetensors
 console = Console(stderr=False, soft_wrap=True)
 
@@ -39,7 +40,7 @@ def one_sentence(main: Callable[P, None]) -> Callable[P, None]:
         try:
             main(*args, **kwargs)
         except Exception as error:
-            if (sentence := _sentence(error)) is None:
+            if (sentence := _sentence(error, getattr(main, "stage", ""))) is None:
                 raise
             Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(sentence)}", highlight=False)
             raise typer.Exit(getattr(error, "status", 1)) from None
@@ -64,8 +65,8 @@ def stoppable(name: str, again: Callable[[], str]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _sentence(error: Exception) -> str | None:
-    """What a person can do about an error; None for a bug."""
+def _sentence(error: Exception, stage: str) -> str | None:
+    """What a person can do about an error in this stage of dvc.yaml; None for a bug."""
     text = " ".join(str(error).split())
     if isinstance(error, ValueError):
         return text
@@ -75,10 +76,12 @@ def _sentence(error: Exception) -> str | None:
     if isinstance(error, RuntimeError | SafetensorError) and any(words in text for words in FULL):
         return f"{text}; nothing half-written is left: make room or way, then run the same again"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
-        return (
-            f"out of memory ({text[:200] or 'host'}); set METALIB_CHUNK to fewer tasks at a time than outer.meta_batch, "
-            "or lower outer.meta_batch"
-        )
+        remedy = "end what else uses it, then run the same again"
+        if stage in CHUNKED:
+            remedy = "set METALIB_CHUNK to fewer tasks at a time than outer.meta_batch, or lower outer.meta_batch"
+        elif isinstance(error, torch.OutOfMemoryError):
+            remedy = "end what else uses the GPU, or compute on the CPU with METALIB_DEVICE=cpu"
+        return f"out of memory ({text[:200] or 'host'}); {remedy}"
     return None
 
 

@@ -191,13 +191,11 @@ def matrix(ranked: list[str], pairs: list[Difference]) -> list[list[str]]:
 def curve(setting: str, name: str, file: str, x: str, y: str) -> Curve:
     """Two columns of one of the tables that evaluate leaves."""
     path = files.plots_folder(setting, name) / file
-    try:
+    with files.readable(path, f"evaluate@{name}-{setting}"):
         with open(path, newline="") as table:
             points = [(int(row[x]), float(row[y])) for row in csv.DictReader(table)]
         if not points or not all(0 <= point[1] <= 100 for point in points):
             raise ValueError(f"{y} is to be a percentage in each of at least one row")
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read ({error}); make it with: dvc repro evaluate@{name}-{setting}") from None
     return Curve([point[0] for point in points], [point[1] for point in points])
 
 

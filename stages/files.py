@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import reprlib
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import ValidationError
+from pydantic import PositiveInt, ValidationError
+from safetensors import SafetensorError
+from typing_extensions import TypedDict
 
-from metalib.complaints import describe
+from metalib.complaints import checked, describe
 from metalib.data.omniglot import DRAWERS, Characters
 from metalib.data.tasks import Protocol, Tasks
 from metalib.files import sweep
@@ -84,9 +87,20 @@ def study_file(name: str) -> Path:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """As metalib.files.whole; and ValueError, and nothing replaced, where an input of the stage has changed since it began."""
-    with written(path) as beside:
+    with placed(path), written(path) as beside:
         yield beside
         guard.check()
+
+
+@contextmanager
+def placed(path: Path) -> Iterator[None]:
+    """A system's error in this block that names no place, as that of a full disk does, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -157,24 +171,24 @@ def load_cell(setting: str, algorithm: str) -> Cell:
     known = sorted(path.stem for path in (CELLS / setting).glob("*.json"))
     if known and algorithm not in known:
         raise ValueError(f"algorithm: {algorithm!r} has no cell in {setting}; there are {', '.join(known)}")
-    return _cell(_load_json(CELLS / setting / f"{algorithm}.json"))
+    return _cell(load_json(CELLS / setting / f"{algorithm}.json", "cells"))
 
 
 def load_protocol_cells() -> dict[str, Cell]:
     """The same for each learner of the study `protocols`."""
-    return {name: _cell(values) for name, values in _load_json(CELLS / "protocols.json").items()}
+    return {name: _cell(values) for name, values in load_json(CELLS / "protocols.json", "cells").items()}
 
 
 def load_test_count(setting: str) -> int:
     """How many of the setting's tasks a model is tested on."""
-    return int(_load_json(CELLS / f"{setting}.json")["test_tasks"])
+    path = CELLS / f"{setting}.json"
+    values = load_json(path, "cells")
+    with readable(path, "cells"):
+        return checked(Count, values, setting)["test_tasks"]
 
 
-def _load_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); make it with: dvc repro cells") from None
+class Count(TypedDict):
+    test_tasks: PositiveInt
 
 
 def _cell(values: Any) -> Cell:
@@ -187,18 +201,46 @@ def _cell(values: Any) -> Cell:
 
 
 @contextmanager
-def load_arrays(path: Path, stage: str) -> Iterator[Any]:
-    """The arrays of a .npz that `stage` makes; ValueError when it is missing, damaged, or of another version."""
+def readable(path: Path, stage: str) -> Iterator[None]:
+    """ValueError names the file, and the stage that makes it, where it is found missing, damaged or of another version."""
     try:
+        yield
+    except (
+        OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError,
+        csv.Error, zipfile.BadZipFile, zlib.error, SafetensorError,
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split())[:300]  # zipfile quotes whole names
+        raise ValueError(f"{path} cannot be read ({reason}); make it with: dvc repro {stage}") from None
+
+
+def load_json(path: Path, stage: str) -> dict[str, Any]:
+    """The mapping in a JSON file that `stage` makes, each of whose keys is there once."""
+    with readable(path, stage):
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        if not isinstance(found, dict):
+            raise ValueError(f"{reprlib.repr(found)} is no mapping")
+        return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(
+            f"{reprlib.repr(next(key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1))} is there twice"
+        )
+    return found
+
+
+@contextmanager
+def load_arrays(path: Path, stage: str) -> Iterator[Any]:
+    """The arrays of a .npz that `stage` makes."""
+    with readable(path, stage):
         _require_room(path)
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"{damaged} is damaged")
         with np.load(path) as arrays:
             yield arrays
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = " ".join(str(error).split())[:300]  # zipfile quotes whole names
-        raise ValueError(f"{path} cannot be read ({reason}); make it with: dvc repro {stage}") from None
 
 
 def _require_room(path: Path) -> None:

@@ -97,6 +97,7 @@ def guarded(stage: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
             finally:
                 _running.pop()
 
+        wrapped.stage = stage  # type: ignore[attr-defined]  # for the sentences of stages.command
         return wrapped
 
     return decorate

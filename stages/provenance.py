@@ -35,13 +35,14 @@ def refuse_misfit(meta: Mapping[str, Any], cell: params.Cell) -> None:
     try:
         trained = dict(guard.leaves({key: meta[key] for key in values} | {"seeds": [one["seed"] for one in meta["seeds"]]}))
         trained_on = {name: meta["sha256"][name] for name in data}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{model} does not say what it was trained with ({error!r}); {remedy}") from None
     asked = dict(guard.leaves(values | {"seeds": cell.seeds}))
     for name in (*trained, *asked):
         if trained.get(name) != asked.get(name):
             was, now = trained.get(name, "nothing"), asked.get(name, "nothing")
-            raise ValueError(f"{model} was trained with {name} {was}, but {files.CELLS} now has {now}; {remedy}")
+            what = f"{name[:80]} {was[:80]}"  # a damaged file may say anything
+            raise ValueError(f"{model} was trained with {what}, but {files.CELLS} now has {now}; {remedy}")
     for name, digest in data.items():
         if trained_on[name] != digest:
             raise ValueError(f"{model} was trained on other {name} than those now in data; {remedy}")

@@ -1,7 +1,6 @@
 """What the pages share: results, published numbers, the line that states their protocol, and Markdown tables."""
 
 import csv
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,26 +61,12 @@ def results(setting: str, names: Sequence[str] | None = None) -> dict[str, dict[
     """algorithm -> its metrics and their protocol, for these learners or for all, the most accurate first."""
     rows = {}
     for name in learners(setting) if names is None else names:
-        values: dict[str, Any] = {}
-        paths = (files.run_file(setting, name), files.metrics_file(setting, name))
-        try:
-            for path in paths:
-                values |= _mapping(path)
-            checked(Result, values, " and ".join(map(str, paths)))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"a result cannot be read ({error}); make it with: dvc repro evaluate@{name}-{setting}") from None
-        rows[name] = values
+        stage = f"evaluate@{name}-{setting}"
+        run, metrics = files.run_file(setting, name), files.metrics_file(setting, name)
+        rows[name] = files.load_json(run, stage) | files.load_json(metrics, stage)
+        with files.readable(metrics, stage):
+            checked(Result, rows[name], f"with {run}")
     return dict(sorted(rows.items(), key=lambda item: -item[1]["accuracy"]))
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a mapping")
-    return found
 
 
 def published() -> dict[tuple[str, str], tuple[str, str]]:

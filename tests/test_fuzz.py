@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 from metalib.data import omniglot
 from metalib.models.conv4 import Conv4
 from metalib.models.loss import engine
-from stages import command, compare, files, leaderboard, meta_train, params, preprocess, tables
+from stages import cells, command, compare, files, leaderboard, meta_train, params, preprocess, tables
 from tests.conftest import ROOT, Edit, Stage
 from tests.test_compare import result
 
@@ -405,6 +405,31 @@ def test_a_broken_curve_is_named(stage: Stage, text: str) -> None:
     path = files.plots_folder("5w1s", "maml") / "learning_curve.csv"
     path.write_text(text)
     assert f"{path} cannot be read" in stage(compare.app, "5w1s", fails=True)
+
+
+@pytest.mark.usefixtures("edit")
+def test_a_number_that_is_there_twice_is_refused(stage: Stage) -> None:
+    """Seen failing: the second one was taken."""
+    result("5w1s", "maml", 0.9, tasks=5)
+    path = files.metrics_file("5w1s", "maml")
+    path.write_text(path.read_text().replace('"ci95"', '"ci95": 9, "ci95"', 1))
+    said = stage(compare.app, "5w1s", "--only", "maml", fails=True)
+    assert f"{path} cannot be read ('ci95' is there twice); make it with: dvc repro evaluate@maml-5w1s" in said
+
+
+@pytest.mark.usefixtures("edit")
+@pytest.mark.parametrize("text", ["", "{", "[1]", "5", "[" * 100_000, "\xff\xfe", '{"a": 1}', '{"test_tasks": "9"}'])
+def test_a_broken_cell_is_named(stage: Stage, text: str) -> None:
+    """Seen failing with RecursionError, KeyError and TypeError."""
+    stage(cells.app)
+    for name in ("5w1s.json", "5w1s/maml.json", "protocols.json"):
+        (files.CELLS / name).write_bytes(text.encode("latin-1"))
+    for read in (
+        lambda: files.load_test_count("5w1s"), lambda: files.load_cell("5w1s", "maml"), lambda: files.load_protocol_cells(),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"data/cells.*dvc repro cells") as refused:
+            read()
+        assert "\n" not in str(refused.value) and len(str(refused.value)) < 700
 
 
 # ------------------------------------------------------------------------------------------------ environment

@@ -54,7 +54,13 @@ def make(tmp_path: Path) -> Make:
     """Run make in a project of this name, whose stage fetch ends with this status and whose DVC runs no experiment."""
 
     def run(
-        target: str, status: int = 0, name: str = "my folder", config: str = "", locked: bool = False, cells: str = ""
+        target: str,
+        status: int = 0,
+        name: str = "my folder",
+        config: str = "",
+        locked: bool = False,
+        cells: str = "",
+        worktree: bool = False,
     ) -> tuple[int, str]:
         folder = tmp_path / name
         folder.mkdir()
@@ -69,8 +75,24 @@ def make(tmp_path: Path) -> Make:
         (folder / "stages").mkdir()
         (folder / "stages/fetch.py").write_text(f"raise SystemExit({status})\n")
         (folder / "stages/cells.py").write_text(cells)
-        subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
-        with open(folder / ".git/config", "a", encoding="utf-8") as file:
+        home = tmp_path / "home" if worktree else folder
+        subprocess.run(["git", "init", "--quiet", home], check=True)
+        if worktree:
+            commit = [
+                "-c",
+                "user.name=t",
+                "-c",
+                "user.email=t@example.org",
+                "commit",
+                "--quiet",
+                "--allow-empty",
+                "-m",
+                "empty",
+            ]
+            subprocess.run(["git", *commit], cwd=home, check=True)
+            subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tmp_path / "tree"], cwd=home, check=True)
+            shutil.move(tmp_path / "tree/.git", folder)
+        with open(home / ".git/config", "a", encoding="utf-8") as file:
             file.write(config)
         held = zc.lockfile.LockFile(str(folder / ".dvc/tmp/lock")) if locked else None
         environment = {name: value for name, value in os.environ.items() if name not in ("OMNIGLOT_MIRROR", "DVC_ROOT")}
@@ -101,12 +123,18 @@ def test_only_a_failed_download_leads_to_glyphs(make: Make, status: int, locked:
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "refused"),
-    [("my folder", "", False), ("Übung", "", True), ("project", "[user]\n\tname = Jürgen\n", True)],
+    ("name", "config", "worktree", "refused"),
+    [
+        ("my folder", "", False, False),
+        ("my folder", "", True, False),
+        ("Übung", "", False, True),
+        ("project", "[user]\n\tname = Jürgen\n", False, True),
+        ("project", "[user]\n\tname = Jürgen\n", True, True),
+    ],
 )
-def test_glyphs_where_dvc_cannot_run_an_experiment(make: Make, name: str, config: str, refused: bool) -> None:
-    """Seen failing: DVC's "unexpected error - 'ascii' codec can't encode character"."""
-    code, said = make("glyphs", name=name, config=config)
+def test_glyphs_where_dvc_cannot_run_an_experiment(make: Make, name: str, config: str, worktree: bool, refused: bool) -> None:
+    """Seen failing: DVC's "unexpected error - 'ascii' codec can't encode character"; a worktree's configuration unread."""
+    code, said = make("glyphs", name=name, config=config, worktree=worktree)
     assert ("only where the project's path and .git/config are ASCII" in said) == refused
     assert (f"{name}: --wait-for-lock exp run --temp" in said) != refused and bool(code) >= refused
 

@@ -22,7 +22,7 @@ KINDS = {  # of faults that every stage meets
     "operation": "before an operation",
     "write": "within a write",
 }
-OTHERS = [  # and those that a training meets
+OTHERS = [  # and those that a training meets, surroundings included
     "a checkpoint of other params",
     "a checkpoint of other data",
     "a checkpoint of other code",
@@ -31,6 +31,8 @@ OTHERS = [  # and those that a training meets
     "`dvc repro` killed while its stage lives on, then `dvc repro` again",
     "`dvc repro` stopped by Ctrl-C, then `dvc repro` again",
     "`dvc repro` ended by SIGTERM, then `dvc repro` again",
+    "`dvc repro` in a shallow clone, without a home, a git identity or UTF-8",
+    "`dvc exp run` in a git worktree with a detached HEAD, without them either",
 ]
 HEAD = """# Nothing is lost
 
@@ -112,7 +114,7 @@ class Table:
         )
         text += "the first write after it, which leaves one byte:\n\n"
         text += "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        text += "\n\nAnd on a training, `meta_train@maml-5w1s`:\n\n| fault | tried | lost |\n| :-- | --: | :-- |\n"
+        text += "\n\nAnd on a training, `meta_train@maml-5w1s`:\n\n| fault or place | tried | lost |\n| :-- | --: | :-- |\n"
         text += "".join(
             f"| {other} | {self.trials['', other].tried} | {lost([self.trials['', other]])} |\n" for other in OTHERS
         )

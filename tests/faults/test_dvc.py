@@ -161,3 +161,38 @@ def test_the_same_command_again(
         for number in range(TIMES):
             with trials.trial(f"trial {number}"):
                 nothing_lost(trained[0], tmp_path / str(number) / "project", how, trained[1])
+
+
+def shallow(base: Path, folder: Path) -> None:
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", base.as_uri(), folder], check=True)
+
+
+def worktree(base: Path, folder: Path) -> None:
+    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", folder], cwd=base, check=True)
+
+
+@pytest.mark.parametrize(("what", "place", "command"), [
+    ("`dvc repro` in a shallow clone, without a home, a git identity or UTF-8", shallow, ["repro", STAGE]),
+    ("`dvc exp run` in a git worktree with a detached HEAD, without them either", worktree, ["exp", "run", STAGE]),
+])  # fmt: skip
+def test_another_place(
+    what: str,
+    place: Callable[[Path, Path], None],
+    command: list[str],
+    trained: tuple[Path, Tree],
+    tmp_path: Path,
+    table: Table,
+) -> None:
+    """The data are copied there, and the training ends as it did at home."""
+    base, folder = trained[0], tmp_path / "project"
+    bare = {name: value for name, value in os.environ.items() if name != "HOME" and not name.startswith("GIT_")}
+    bare |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "LC_ALL": "C"}
+    with table.of("", what) as trials, trials.trial("once"):
+        place(base, folder)
+        for name in ("data", ".dvc/cache"):
+            shutil.copytree(base / name, folder / name)
+        shutil.copy(base / "dvc.lock", folder)
+        done = subprocess.run([*DVC, *command], cwd=folder, env=bare, capture_output=True, text=True)
+        assert done.returncode == 0, f"failed: {done.stdout[-250:]}{done.stderr[-250:]}"
+        assert model(folder) == trained[1], "another model"
+        assert not checkpoints(folder), "left over"
