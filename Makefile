@@ -52,7 +52,7 @@ test: setup
 	ruff check .
 	ruff format --check .
 	mypy
-	pytest
+	pytest -n logical --maxprocesses 8 --dist worksteal
 
 verify: setup
 	@python -m stages.verify
