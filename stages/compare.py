@@ -247,7 +247,7 @@ def draw(path: Path, setting: str, rows: Rows) -> None:
 def line(axis: Axes, points: Curve, look: dict[str, Any]) -> None:
     """A thin curve; one of many points has no markers, and one of a single point lies above the others."""
     alone = len(points.x) == 1
-    marker = {"markersize": 7 if alone else 4} if len(points.x) <= 5 else {"marker": ""}
+    marker: dict[str, Any] = {"markersize": 7 if alone else 4} if len(points.x) <= 5 else {"marker": ""}
     axis.plot(*points, **look | marker, linewidth=1, zorder=3 if alone else 2)
 
 
