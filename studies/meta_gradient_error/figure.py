@@ -58,7 +58,7 @@ def draw(values: Values, curves: Sequence[CurvePoint], rates: Sequence[Rate]) ->
         place = (1.05 * max(values.kappas), y)
         right.annotate(f"exponent {found[name]:.2f}", place, color=_look(name)["color"], fontsize="small", va="center")
     right.set(xscale="log", yscale="log")
-    right.set_xlim(right=2.2 * max(values.kappas))
+    right.set_xlim(right=2.5 * max(values.kappas))
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
     keys = [Line2D([], [], **(look | {"linestyle": "-"}), label=name) for name, look in LEARNERS.items()]
