@@ -73,7 +73,7 @@ def references(device: torch.device) -> str:
             kind: max(float((value.cpu().double() - want[key]).norm() / size) for key, value in grads.items())
             for kind, grads in found.items()
         }
-        rows.append([name, *(f"{errors[kind]:.1e}" for kind in ("IEEE", "TF32"))])
+        rows.append([name, *(f"{errors[kind]:.1e}" if size else "-" for kind in ("IEEE", "TF32"))])  # scratch learns nothing
     prepared()
     text = "Error of a meta-gradient in float32 against float64 on the CPU, as a part of its largest tensor's norm."
     return f"{text}\n\n" + report.table(["learner", "IEEE", "TF32"], rows)

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -25,7 +26,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 app = typer.Typer(add_completion=False)
 PROTOCOL = ("data", "images", "split", "test_rotations", "query")
-Rows = dict[str, dict[str, Any]]  # algorithm -> its metrics and what they are of
+Rows = dict[str, dict[str, Any]]  # learner -> its metrics and what they are of
 
 
 class Curve(NamedTuple):
@@ -71,13 +72,14 @@ def main(
     else:
         with files.whole(table) as beside:
             beside.write_text(",".join(Difference._fields) + "\n")
-    console.print(f"reports/{setting}.md: {len(rows)} algorithms, {len(pairs)} differences")
+    console.print(f"reports/{setting}.md: {len(rows)} learners, {len(pairs)} differences")
 
 
 def compared(setting: str, rows: dict[str, dict[str, Any]]) -> list[Difference]:
-    """Paired differences of the seeds' mean accuracy on the tasks that all algorithms were tested on.
+    """Paired differences of the seeds' mean accuracy on the tasks that all learners were tested on.
 
-    ValueError where they were tested under different protocols: their tasks are not the same.
+    ValueError where they were tested under different protocols: their tasks are not the same. And where a result is not
+    the one that its metric is of, as after only one of them was put back.
     """
     protocols = {tuple(rows[name][key] for key in PROTOCOL) for name in rows}
     if len(protocols) > 1:
@@ -89,6 +91,12 @@ def compared(setting: str, rows: dict[str, dict[str, Any]]) -> list[Difference]:
     for name in sorted(rows):
         with files.load_arrays(files.results_file(setting, name), f"evaluate@{name}-{setting}") as arrays:
             accuracies[name] = torch.from_numpy(_fractions(arrays["transductive"]))[:, -1].mean(0)
+        mean = 100 * float(accuracies[name].double().mean())
+        if abs(mean - rows[name]["accuracy"]) > 0.006:  # the metric is rounded to two digits
+            raise ValueError(
+                f"{files.results_file(setting, name)} has an accuracy of {mean:.2f}, {files.metrics_file(setting, name)} "
+                f"{rows[name]['accuracy']:.2f}; make both anew: dvc repro evaluate@{name}-{setting}"
+            )
     count = min(len(values) for values in accuracies.values())
     return differences({name: values[:count] for name, values in accuracies.items()})
 
@@ -118,7 +126,7 @@ def page(setting: str, rows: Rows, pairs: list[Difference]) -> str:
             f"{row['meta_steps']} x {row['meta_batch']}" if row["meta_steps"] else "none",
         ])  # fmt: skip
     header = [
-        "algorithm",
+        "learner",
         "transductive",
         "inductive",
         "published",
@@ -208,14 +216,13 @@ def draw(path: Path, setting: str, rows: Rows) -> None:
     looks = style(list(rows))
     trained = [name for name in rows if rows[name]["meta_steps"]] or list(rows)
     figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(13, 2.8 + 0.26 * len(rows)), layout="constrained", width_ratios=(1.15, 1, 1)
+        1, 3, figsize=(11, 3.2 + 0.26 * len(rows)), layout="constrained", width_ratios=(1.15, 1, 1)
     )
     ranking(left, setting, rows, trained)
     for name in trained:
-        look = looks[name] | {"markersize": 4, "linewidth": 1.4, "label": name}
-        middle.plot(*curve(setting, name, "learning_curve.csv", "step", "validation"), **look)
+        line(middle, curve(setting, name, "learning_curve.csv", "step", "validation"), looks[name])
         steps = curve(setting, name, "by_step.csv", "inner_step", "transductive")
-        right.plot(steps.x[1:], steps.y[1:], **look)  # before the first step a learner guesses
+        line(right, Curve(steps.x[1:], steps.y[1:]), looks[name])  # before the first step a learner guesses
     middle.set(xlabel="meta-steps", ylabel="validation accuracy, %", title="while meta-training")
     if any(rows[name]["meta_steps"] for name in trained):  # the longest training would squeeze the others
         middle.set(xlabel="meta-steps, log scale", xscale="log")
@@ -228,11 +235,18 @@ def draw(path: Path, setting: str, rows: Rows) -> None:
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
         axis.title.set_size("medium")
-    names = middle.get_legend_handles_labels()
-    figure.legend(*names, loc="outside right center", fontsize="small", frameon=False, handlelength=3.5)
-    figure.suptitle(f"{tables.title(rows)}\n{tables.provenance(rows)}", fontsize=8)
+    handles = [Line2D([], [], label=name, linewidth=1, markersize=4, **looks[name]) for name in trained]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize="small", frameon=False, handlelength=3.5)
+    figure.suptitle(textwrap.fill(f"{tables.title(rows)}: {tables.provenance(rows)}", 120), fontsize="medium")
     figure.savefig(path, dpi=120, format="png", metadata={"Software": None})
     plt.close(figure)
+
+
+def line(axis: Axes, points: Curve, look: dict[str, Any]) -> None:
+    """A thin curve; one of many points has no markers, and one of a single point lies above the others."""
+    alone = len(points.x) == 1
+    marker: dict[str, Any] = {"markersize": 7 if alone else 4} if len(points.x) <= 5 else {"marker": ""}
+    axis.plot(*points, **look | marker, linewidth=1, zorder=3 if alone else 2)
 
 
 def ranking(axis: Axes, setting: str, rows: Rows, trained: list[str]) -> None:

@@ -34,7 +34,7 @@ def main() -> None:
                 table.append([f"{name}, published", *(tables.published_text(*t) if t else "-" for t in theirs)])
         text += [
             "## Transductive" if kind == "accuracy" else "## Inductive",
-            tables.markdown(["algorithm", *(tables.title(rows) for rows in found.values())], table),
+            tables.markdown(["learner", *(tables.title(rows) for rows in found.values())], table),
         ]
     text += [
         "## The protocol of each column",
@@ -55,7 +55,7 @@ def main() -> None:
             if name in rows
         ],
     )
-    console.print(f"reports/leaderboard.md: {len(names)} algorithms in {len(found)} settings")
+    console.print(f"reports/leaderboard.md: {len(names)} learners in {len(found)} settings")
 
 
 def ranked(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:

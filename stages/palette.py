@@ -1,4 +1,4 @@
-"""One look for each learner, the same in every panel.
+"""One look for each learner, the same in every figure.
 
 Each has a colour of its own; line and marker help where colours are hard to tell apart.
 """
@@ -15,6 +15,10 @@ COLOURS = (
 )  # fmt: skip
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v")
+LEARNERS = (  # in the order of the colours, the slides' five first; a learner of your own has the next one
+    "maml", "fomaml", "reptile", "leap", "imaml", "imaml_hf", "anil",
+    "maml_truncated", "meta_sgd", "maml_plus_plus", "finetune", "scratch",
+)  # fmt: skip
 
 
 def colours(count: int) -> list[str]:
@@ -25,6 +29,12 @@ def colours(count: int) -> list[str]:
 
 
 def style(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """matplotlib's color, linestyle and marker for each name, by its place among the sorted names."""
-    looks = zip(sorted(names), colours(len(names)), itertools.cycle(LINES), itertools.cycle(MARKERS), strict=False)
-    return {name: {"color": colour, "linestyle": line, "marker": marker} for name, colour, line, marker in looks}
+    """matplotlib's color, linestyle and marker for each name, sorted; those that are not in LEARNERS share what is left."""
+    known = [*LEARNERS, *sorted(set(names) - set(LEARNERS))]
+    looks = {
+        name: {"color": colour, "linestyle": line, "marker": marker}
+        for name, colour, line, marker in zip(
+            known, colours(len(known)), itertools.cycle(LINES), itertools.cycle(MARKERS), strict=False
+        )
+    }
+    return {name: looks[name] for name in sorted(names)}

@@ -58,7 +58,7 @@ def learners(setting: str) -> list[str]:
 
 
 def results(setting: str, names: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """algorithm -> its metrics and their protocol, for these learners or for all, the most accurate first."""
+    """learner -> its metrics and their protocol, for these learners or for all, the most accurate first."""
     rows = {}
     for name in learners(setting) if names is None else names:
         stage = f"evaluate@{name}-{setting}"
@@ -70,7 +70,7 @@ def results(setting: str, names: Sequence[str] | None = None) -> dict[str, dict[
 
 
 def published() -> dict[tuple[str, str], tuple[str, str]]:
-    """(algorithm, setting) -> accuracy and interval as they were published; no interval is the empty string."""
+    """(learner, setting) -> accuracy and interval as they were published; no interval is the empty string."""
     with open(PUBLISHED, newline="") as table:
         return {(r["algorithm"], r["setting"]): (r["accuracy"], r["ci95"]) for r in csv.DictReader(table)}
 

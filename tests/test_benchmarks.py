@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import accuracy, convolutions, peers, plan, report, reproducibility, speed, step_cost, work
+from benchmarks import accuracy, convolutions, gpu, peers, plan, report, reproducibility, speed, step_cost, work
 from benchmarks.peers import libraries, loop, vmap
 from metalib import algorithms
 from stages import cells, meta_train, params
@@ -147,3 +147,9 @@ def test_how_far_apart_trainings_end(data: None, stage: Stage, monkeypatch: pyte
     assert all(f"| {row} | 0 | 0 | 0 | 0 |" in text for row in ("maml | first", "scratch | first", "scratch | other"))
     assert "| maml | other | 0 | " in text and "| maml | other | 0 | 0 |" not in text
     assert "'mamel' is not among" in stage(reproducibility.app, "--learners", "mamel", fails=True)
+
+
+def test_a_learner_without_a_gradient_has_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen failing with nan."""
+    monkeypatch.setattr(gpu, "LEARNERS", {"scratch": gpu.LEARNERS["scratch"]})
+    assert "| scratch | - | - |" in gpu.references(CPU)

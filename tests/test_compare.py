@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from stages import compare, files, leaderboard, palette, tables
+from tests import problems
 from tests.conftest import ROOT, Stage
 
 ACCURACY = {"maml": 0.9, "reptile": 0.8, "leap": 0.7, "scratch": 0.3}
@@ -51,7 +52,7 @@ def four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_page_of_all_that_was_evaluated(four: Path, stage: Stage) -> None:
-    assert "4 algorithms, 6 differences" in stage(compare.app, "5w1s")
+    assert "4 learners, 6 differences" in stage(compare.app, "5w1s")
     page = Path("reports/5w1s.md").read_text()
     assert page.startswith("# 5-way 1-shot\n") and "data glyphs, 16 px area; split characters; budget quick" in page
     assert re.findall(r"^\| (\w+) \| \d", page, re.MULTILINE) == list(ACCURACY)  # by rank
@@ -101,6 +102,21 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(four: Path, sta
         path.write_bytes(content)
 
 
+def test_a_result_that_is_not_the_metric_s_is_refused(four: Path, stage: Stage) -> None:
+    """As after params.yaml, dvc.lock and metrics were put back. Seen failing with a page of both numbers."""
+    metrics = files.metrics_file("5w1s", "maml")
+    kept = json.loads(metrics.read_text())
+    result("5w1s", "maml", 0.8, seeds=3)
+    found = json.loads(metrics.read_text())["accuracy"]
+    files.write_json(metrics, kept)
+    for only in ((), ("--only", "maml", "--only", "leap")):
+        assert stage(compare.app, "5w1s", *only, fails=True) == (
+            f"error: results/5w1s/maml.npz has an accuracy of {found:.2f}, {metrics} {kept['accuracy']:.2f}; "
+            "make both anew: dvc repro evaluate@maml-5w1s"
+        )
+    assert not Path("reports").exists()
+
+
 def test_colours_mean_learners_and_no_axis_stretches_to_the_untrained(four: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen failing with axes that include `scratch`."""
     drawn = list[plt.Figure]()
@@ -110,9 +126,7 @@ def test_colours_mean_learners_and_no_axis_stretches_to_the_untrained(four: Path
     left, middle, right = drawn[0].axes
     looks = palette.style(list(rows))
     for axis in (middle, right):
-        assert {line.get_label(): line.get_color() for line in axis.lines} == {
-            name: looks[name]["color"] for name in rows if name != "scratch"
-        }
+        assert [line.get_color() for line in axis.lines] == [looks[name]["color"] for name in rows if name != "scratch"]
     colours = {line.get_color() for line in left.lines}
     assert colours == {looks[name]["color"] for name in rows if name != "scratch"}
     assert all(axis.get_xlim()[0] > 50 for axis in (left,)) and all(axis.get_ylim()[0] > 50 for axis in (middle, right))
@@ -126,6 +140,14 @@ def test_no_two_learners_share_a_colour(count: int) -> None:
     assert list(looks) == sorted(looks) and palette.style(list(reversed(looks))) == looks
 
 
+def test_a_learner_looks_the_same_in_every_figure() -> None:
+    """Also beside one that a user added. Seen failing with looks by the place among a figure's own names."""
+    assert set(palette.LEARNERS) == set(problems.HYPER)
+    looks = palette.style([*palette.LEARNERS, "a_new_one"])
+    for name in palette.LEARNERS:
+        assert palette.style([name]) == {name: looks[name]}
+
+
 def test_the_plots_page_of_dvc_has_the_colours_of_the_pictures() -> None:
     template = json.loads((ROOT / ".dvc/plots/curves.json").read_text())
     assert template["encoding"]["color"]["scale"]["range"] == list(palette.COLOURS)
@@ -137,9 +159,9 @@ def test_the_leaderboard_is_of_what_lies_in_metrics(four: Path, stage: Stage) ->
     result("20w1s", "anil", 0.5)
     result("10w2s", "anil", 0.5)
     files.write_json(Path("metrics/studies/some.json"), {"accuracy": 1.0})
-    assert "5 algorithms in 3 settings" in stage(leaderboard.app)
+    assert "5 learners in 3 settings" in stage(leaderboard.app)
     board = Path("reports/leaderboard.md").read_text()
-    assert "| algorithm | 5-way 1-shot | 10-way 2-shot | 20-way 1-shot |" in board
+    assert "| learner | 5-way 1-shot | 10-way 2-shot | 20-way 1-shot |" in board
     transductive = board.split("## Inductive")[0]
     assert re.findall(r"^\| (\w+) \|", transductive, re.MULTILINE)[1:] == [*ACCURACY, "anil"]
     assert "| maml, published | 98.7 ± 0.4 | - | 95.8 ± 0.3 |" in transductive

@@ -33,7 +33,7 @@ stages:
     - reports/leaderboard.md: {cache: false}
 """
 ROW = "| maml | 97.84 ± 0.42 | 96.24 ± 0.54 | 98.7 ± 0.4 |"
-TABLE = f"# 5-way 1-shot\n\n| algorithm | transductive |\n| :-- | --: |\n{ROW} 3 |\n"
+TABLE = f"# 5-way 1-shot\n\n| learner | transductive |\n| :-- | --: |\n{ROW} 3 |\n"
 README = f"# metalib\n\n| learner | transductive, % |\n| :-- | --: |\n{ROW}\n\nMore.\n"
 
 

@@ -21,9 +21,10 @@ def draw(asked: Comparison, areas: list[Row], training_batches: list[Row], held_
     figure = Figure(figsize=(8.4, 6.2), layout="constrained")
     (above, above_right), (below, below_right) = figure.subplots(2, 2)
     most = asked.alphabets[-1]
-    looks = palette.style(METHODS)
-    for method in METHODS:
-        look, bare = looks[method], looks[method] | {"marker": ""}
+    learners = {method: method for method in METHODS} | {"none": "scratch"}
+    looks = palette.style(list(learners.values()))
+    for method, learner in learners.items():
+        look, bare = looks[learner], looks[learner] | {"marker": ""}
         mean, spread = (smooth(column(training_batches, method, most, n), asked.window) for n in ("loss", "loss_std"))
         band(above, torch.arange(len(mean)) + (asked.window - 1) / 2, mean, spread, bare)
         mean, spread = (100 * column(held_out_images, method, most, n) for n in ("error", "error_std"))

@@ -12,8 +12,10 @@ from studies.meta_gradient_error.curves import CONVERGED, CurvePoint, Rate, expo
 from studies.meta_gradient_error.schema import Values
 from studies.room import spread
 
-LEARNERS = palette.style(["MAML", "truncated MAML", "iMAML"])
-DESCENTS: dict[str, Any] = {"gradient descent": "-", "Nesterov's descent": "--"}
+NAMES = {"MAML": "maml", "truncated MAML": "maml_truncated", "iMAML": "imaml"}
+LEARNERS = {title: palette.style([name])[name] for title, name in NAMES.items()}
+FIXED = "Nesterov's descent, a fixed number of CG steps"
+DESCENTS: dict[str, Any] = {"gradient descent": "-", "Nesterov's descent": "--", FIXED: ":"}
 COST = "gradients and Hessian-vector products"
 
 
@@ -27,14 +29,15 @@ def draw(values: Values, curves: Sequence[CurvePoint], rates: Sequence[Rate]) ->
             lines.setdefault(point.method, []).append(point)
     for name, points in lines.items():
         errors = [p.error for p in points]
-        left.plot([p.inner_steps for p in points], errors, **_look(name))
-        middle.plot([p.products for p in points], errors, **_look(name))
+        bare = _look(name) | {"marker": ""}
+        left.plot([p.inner_steps for p in points], errors, **bare)
+        middle.plot([p.products for p in points], errors, **bare)
     floors = {name: points[-1].error for name, points in lines.items() if name.startswith("truncated") or name.endswith("CG")}
     for (name, floor), y in zip(floors.items(), spread(list(floors.values()), 1.8, log=True), strict=True):
         label = name.partition(", ")[2]
         for axis, x in ((left, lines[name][-1].inner_steps), (middle, lines[name][-1].products)):
             axis.annotate(
-                label, (x, floor), (1.25 * x, y), color=_look(name)["color"], fontsize="x-small", va="center",
+                label, (x, floor), (1.25 * x, y), color=_look(name)["color"], fontsize="small", va="center",
                 arrowprops={"arrowstyle": "-", "color": _look(name)["color"], "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0},
             )  # fmt: skip
     left.set(
@@ -53,19 +56,19 @@ def draw(values: Values, curves: Sequence[CurvePoint], rates: Sequence[Rate]) ->
         right.plot(*zip(*line, strict=True), **_look(name))
     for name, y in zip(costs, spread([line[-1][1] for line in costs.values()], 1.13, log=True), strict=True):
         place = (1.05 * max(values.kappas), y)
-        right.annotate(f"exponent {found[name]:.2f}", place, color=_look(name)["color"], fontsize="x-small", va="center")
+        right.annotate(f"exponent {found[name]:.2f}", place, color=_look(name)["color"], fontsize="small", va="center")
     right.set(xscale="log", yscale="log")
-    right.set_xlim(right=2.2 * max(values.kappas))
+    right.set_xlim(right=2.5 * max(values.kappas))
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
     keys = [Line2D([], [], **(look | {"linestyle": "-"}), label=name) for name, look in LEARNERS.items()]
     keys += [Line2D([], [], color="black", linestyle=style, label=name) for name, style in DESCENTS.items()]
-    figure.legend(handles=keys, loc="outside lower center", ncols=5, fontsize="small", frameon=False)
+    figure.legend(handles=keys, loc="outside lower center", ncols=6, fontsize="small", frameon=False)
     return figure
 
 
 def _look(method: str) -> dict[str, Any]:
-    """How a method's curve is drawn: by its learner, and by its descent (fixed numbers of CG steps go with Nesterov's)."""
+    """How a method's curve is drawn: by its learner, and by its descent."""
     learner, _, rest = method.partition(", ")
-    descent = "Nesterov's descent" if rest.startswith("Nesterov") or rest.endswith("CG") else "gradient descent"
+    descent = FIXED if rest.endswith("CG") else "Nesterov's descent" if rest.startswith("Nesterov") else "gradient descent"
     return LEARNERS[learner] | {"linestyle": DESCENTS[descent], "markersize": 4, "linewidth": 1.2}

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -13,7 +14,7 @@ from studies.update_contents.expansions import EXPECTED, Row
 
 LABELS = {"maml": "MAML", "fomaml": "FOMAML", "reptile": "Reptile"}
 LEARNERS: dict[str, dict[str, Any]] = palette.style(list(LABELS))
-COUNTS = palette.COLOURS[len(LABELS) :]  # of gradients in a combination: other colours than the learners'
+COUNTS = {count: colormaps["viridis"](0.24 * (count - 1)) for count in (1, 2, 3, 4)}  # of gradients in a combination
 ALPHAS: list[dict[str, Any]] = [  # measured values, the smallest alpha first; lines alone are the slide's
     {"linestyle": "none"},
     {"linestyle": "--", "markerfacecolor": "none", "linewidth": 0.8},
@@ -50,16 +51,16 @@ def draw(rows: Sequence[Row], curves: Sequence[Measured]) -> Figure:
         right.plot([m.step for m in points], [100 * m.accuracy for m in points], color=colour, linestyle=line, marker=".")
         last[name] = points[-1]
     bottom, top = right.get_ylim()
-    places = spread([100 * m.accuracy for m in last.values()], 0.04 * (top - bottom))
+    places = spread([100 * m.accuracy for m in last.values()], 0.045 * (top - bottom))
     for (name, point), y in zip(last.items(), places, strict=True):
         colour = COUNTS[len(COMBINATIONS[name])]
         right.annotate(
-            name, (point.step, 100 * point.accuracy), (1.04 * point.step, y), color=colour, fontsize="x-small", va="center",
+            name, (point.step, 100 * point.accuracy), (1.04 * point.step, y), color=colour, fontsize="small", va="center",
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0},
         )  # fmt: skip
     right.set(title="outer steps along combinations of gradients", xlabel="meta-steps", ylabel="validation accuracy, %")
     end = max(point.step for point in last.values())
-    right.set(xlim=(0, 1.3 * end), xticks=[tick for tick in right.get_xticks() if 0 <= tick <= end])
+    right.set(xlim=(0, 1.4 * end), xticks=[tick for tick in right.get_xticks() if 0 <= tick <= end])
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
     keys = [Line2D([], [], **LEARNERS[name] | {"linestyle": "-"}, label=label) for name, label in LABELS.items()]
@@ -69,5 +70,6 @@ def draw(rows: Sequence[Row], curves: Sequence[Measured]) -> Figure:
     figure.legend(handles=keys, loc="outside lower left", ncols=3, fontsize="small", frameon=False)
     adding: dict[str, Any] = {"sum": "-", "mean": "--", "last gradient alone": ":"}
     keys = [Line2D([], [], color="grey", linestyle=line, label=name) for name, line in adding.items()]
-    figure.legend(handles=keys, loc="outside lower right", ncols=3, fontsize="small", frameon=False)
+    keys += [Line2D([], [], color=colour, label=f"{count} gradient{'s' * (count > 1)}") for count, colour in COUNTS.items()]
+    figure.legend(handles=keys, loc="outside lower right", ncols=4, fontsize="small", frameon=False)
     return figure

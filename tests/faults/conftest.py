@@ -36,8 +36,9 @@ OTHERS = [  # and those that a training meets, surroundings included
 ]
 HEAD = """# Nothing is lost
 
-A comparison takes hours, so whatever ends it must cost nothing. `make faults` ends every stage in every way below, on a tiny
-project of glyphs, runs it again, and writes this page from what it saw. After each trial:
+A comparison takes minutes to hours, so whatever ends it must cost nothing. `make faults` ends every stage, and one of the
+studies (they share `studies/computing.py`), in every way below, on a tiny project of glyphs, runs it again, and writes this
+page from what it saw. After each trial:
 
 - no output is half-written: each is what it was before, what it becomes, or not there;
 - the same command runs to its end, and then every file in the folder has the bytes of an uninterrupted run, the models of a
