@@ -368,10 +368,9 @@ def whole_meta_step(
     return seen.count
 
 
-@pytest.mark.parametrize(("name", "optimiser", "statistics"), [
-    (name, optimiser, ("transductive", "inductive")[(i + j) % 2])  # every pair of two, not every triple
-    for i, name in enumerate(algorithms.names()) for j, optimiser in enumerate(OPTIMISERS)
-])  # fmt: skip
+@pytest.mark.parametrize("statistics", ["transductive", "inductive"])
+@every_optimiser
+@pytest.mark.parametrize("name", algorithms.names())
 def test_a_meta_step_never_waits_for_the_host(name: str, optimiser: str, statistics: str) -> None:
     whole_meta_step(name, optimiser, statistics)
 
