@@ -9,6 +9,7 @@ import os
 import reprlib
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -225,9 +226,8 @@ def load_json(path: Path, stage: str) -> dict[str, Any]:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(
-            f"{reprlib.repr(next(key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1))} is there twice"
-        )
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{reprlib.repr(key)} is there twice")
     return found
 
 
