@@ -1,24 +1,45 @@
 """Test a trained algorithm on the setting's stored test tasks."""
 
 import csv
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors import SafetensorError
+from pydantic import Field, NonNegativeInt, PositiveInt
 from safetensors.torch import load_file
+from typing_extensions import TypedDict
 
 from metalib import algorithms, evaluation
 from metalib.comparison import interval
+from metalib.complaints import checked
 from metalib.models.conv4 import Conv4
+from metalib.types import Params
 from stages import files
 from stages.command import console, one_sentence, prepared
 from stages.guard import guarded
 from stages.provenance import refuse_misfit
 
 app = typer.Typer(add_completion=False)
+
+
+class Seed(TypedDict):
+    """What became of a training with this seed."""
+
+    seed: int
+    best_step: NonNegativeInt
+    validation: Annotated[float, Field(ge=0, le=100)]
+
+
+class Trained(TypedDict):
+    """What a model's meta.json says beside the values that it was trained with."""
+
+    seeds: list[Seed]
+    versions: dict[str, str]
+    device: str
+    threads: PositiveInt
+    engine: str
+    cuda_graph: str | None
 
 
 @app.command()
@@ -36,15 +57,11 @@ def main(
     results/<setting>/<algorithm>.npz: every task's accuracy.
     """
     folder = files.model_folder(setting, algorithm)
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        trained = [load_file(folder / f"seed{seed['seed']}.safetensors") for seed in meta["seeds"]]
-        curve = learning_curve([folder / f"seed{seed['seed']}.csv" for seed in meta["seeds"]])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(
-            f"{folder} is not a complete trained model ({error}); make it with: dvc repro meta_train@{algorithm}-{setting}"
-        ) from None
+    made = f"meta_train@{algorithm}-{setting}"
+    meta = files.load_json(folder / "meta.json", made)
     refuse_misfit(meta, files.load_cell(setting, algorithm))
+    with files.readable(folder / "meta.json", made):
+        checked(Trained, meta, "model")
     stored = files.load_tasks(setting)
     count = files.load_test_count(setting)
     device = prepared()
@@ -53,10 +70,20 @@ def main(
     network = Conv4(way=stored.protocol.way, image_size=characters.shape[-1], **meta["network"])
     hyper = meta["learner"] | meta["test"]
     learner = algorithms.build(algorithm, hyper)
+    initial = algorithms.build(algorithm, meta["learner"]).init(network.init(torch.Generator()))
+    trained, histories = [], []
+    for seed in meta["seeds"]:
+        file = folder / f"seed{seed['seed']}"
+        with files.readable(weights := file.with_suffix(".safetensors"), made):
+            trained.append(load_weights(weights, initial))
+        with files.readable(history := file.with_suffix(".csv"), made):
+            histories.append(load_history(history, seed, meta["outer"]["meta_steps"]))
+            if histories[-1].keys() != histories[0].keys():
+                raise ValueError("it is not validated at the meta-steps of the other seeds")
     seeds = []
     for model in trained:
-        weights = {name: value.to(device) for name, value in model.items()}
-        seeds.append(evaluation.evaluate(learner, network, weights, characters, test, stored.protocol.shot))
+        on_device = {name: value.to(device) for name, value in model.items()}
+        seeds.append(evaluation.evaluate(learner, network, on_device, characters, test, stored.protocol.shot))
     accuracy = evaluation.Accuracy(*(torch.stack(part).cpu() for part in zip(*seeds, strict=True)))
     metrics = summarise(accuracy) | {"validation": round(sum(s["validation"] for s in meta["seeds"]) / len(seeds), 2)}
     run = {
@@ -78,7 +105,7 @@ def main(
     of = {"algorithm": algorithm, "setting": setting}
     with files.whole(files.plots_folder(setting, algorithm)) as beside:
         beside.mkdir(parents=True)
-        files.write_csv(beside / "learning_curve.csv", [of | point for point in curve])
+        files.write_csv(beside / "learning_curve.csv", [of | point for point in learning_curve(histories)])
         files.write_csv(beside / "by_step.csv", [of | point for point in by_step(accuracy)])
     files.save_arrays(files.results_file(setting, algorithm), **{k: v.numpy() for k, v in accuracy._asdict().items()})
     files.write_json(files.metrics_file(setting, algorithm), metrics)
@@ -110,15 +137,42 @@ def by_step(accuracy: evaluation.Accuracy) -> list[dict[str, Any]]:
     ]
 
 
-def learning_curve(histories: list[Path]) -> list[dict[str, Any]]:
+def learning_curve(histories: list[dict[int, float]]) -> list[dict[str, Any]]:
     """Validation accuracy in % against meta-steps, mean over the seeds' histories."""
-    by_step: dict[int, list[float]] = {}
-    for history in histories:
-        with open(history, newline="") as rows:
-            for row in csv.DictReader(rows):
-                if row["validation"]:
-                    by_step.setdefault(int(row["step"]), []).append(float(row["validation"]))
-    return [{"step": step, "validation": round(sum(values) / len(values), 2)} for step, values in sorted(by_step.items())]
+    return [
+        {"step": step, "validation": round(sum(history[step] for history in histories) / len(histories), 2)}
+        for step in sorted(histories[0])
+    ]
+
+
+def load_weights(path: Path, like: Params) -> Params:
+    """A seed's; ValueError where they are not finite, or not of the names, shapes and types of `like`."""
+    found: Params = load_file(path)
+    for name in sorted(found.keys() | like.keys()):
+        if name not in found:
+            raise ValueError(f"{name} is missing")
+        if name not in like:
+            raise ValueError(f"{name} is none of the learner's weights")
+        is_, must = (f"{some[name].dtype} {tuple(some[name].shape)}" for some in (found, like))
+        if is_ != must:
+            raise ValueError(f"{name} is {is_}, not {must}")
+        if not found[name].isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    return found
+
+
+def load_history(path: Path, seed: Seed, last: int) -> dict[int, float]:
+    """Meta-step -> validation accuracy in %; ValueError where end and best are not what meta.json says of the seed."""
+    with open(path, newline="") as rows:
+        points = [(int(row["step"]), float(row["validation"])) for row in csv.DictReader(rows) if row["validation"] != ""]
+    found = dict(points)
+    if len(found) < len(points) or not all(step >= 0 and 0 <= value <= 100 for step, value in points):
+        raise ValueError("steps are to be there once, with a percentage")
+    if max(found, default=None) != last:
+        raise ValueError(f"it does not end at meta-step {last}")
+    if max(found.values()) != seed["validation"] or found.get(seed["best_step"]) != seed["validation"]:
+        raise ValueError(f"the best is not {seed['validation']} %, at meta-step {seed['best_step']}, as meta.json says")
+    return found
 
 
 if __name__ == "__main__":

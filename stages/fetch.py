@@ -110,7 +110,7 @@ def download(url: str, archive: Path, pause: float = 1.0) -> None:
                         have = 0
                     length = answer.headers.get("Content-Length")
                     bar.update(task, completed=have, total=have + int(length) if length else None)
-                    with open(partial, "ab" if have else "wb") as file:
+                    with files.placed(partial), open(partial, "ab" if have else "wb") as file:
                         for block in answer.iter_content(1 << 16):
                             file.write(block)
                             bar.advance(task, len(block))

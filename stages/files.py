@@ -1,17 +1,19 @@
 """Where the pipeline's files are, and how they are written (whole or not at all) and read."""
 
 import csv
+import errno
 import hashlib
 import io
 import json
 import math
 import os
 import reprlib
+import shutil
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,10 +89,32 @@ def study_file(name: str) -> Path:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """As metalib.files.whole; and ValueError, and nothing replaced, where an input of the stage has changed since it began."""
+    """As metalib.files.whole; and ValueError, and nothing replaced, where an input of the stage has changed since it began.
+
+    OSError, and nothing replaced, where DVC's cache cannot take a copy: DVC itself would print a warning, end as if all were
+    well, and forget the training.
+    """
     with placed(path), written(path) as beside:
         yield beside
         guard.check()
+        _cacheable(beside)
+
+
+def _cacheable(made: Path) -> None:
+    """OSError where the cache of the DVC that runs this stage, if one does, lacks the room or the right for `made`."""
+    if "DVC_ROOT" not in os.environ:
+        return
+    home = Path(os.environ["DVC_ROOT"], ".dvc")
+    cache = home / "cache"
+    with suppress(ImportError):  # DVC may be installed in a place of its own
+        from dvc.config import Config  # here: most runs of this module are not DVC's
+
+        cache = Path(Config(dvc_dir=str(home))["cache"].get("dir", cache))
+    place = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+    if shutil.disk_usage(place).free < sum(file.stat().st_size for file in (made, *made.rglob("*")) if file.is_file()):
+        raise OSError(errno.ENOSPC, "", str(cache))
+    if not os.access(place, os.W_OK):
+        raise OSError(errno.EACCES, "", str(cache))
 
 
 @contextmanager

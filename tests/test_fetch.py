@@ -97,6 +97,17 @@ def test_a_broken_download_goes_on_where_it_broke(
     assert list(Path(".downloads").iterdir()) == []
 
 
+def test_a_full_disk_of_downloads_is_named(
+    mirror: Path, served: tuple[str, list[str | None]], stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may be another than that of data/raw. Seen failing: data/raw was named."""
+    part = Path(".downloads/images_background.zip.part")
+    part.parent.mkdir()
+    part.symlink_to("/dev/full")
+    monkeypatch.setenv("OMNIGLOT_MIRROR", served[0])
+    assert f"error: {part}: No space left on device" in stage(fetch.app, fails=True) and nothing_is_left()
+
+
 def test_two_downloads_of_one_archive_come_one_after_the_other(
     mirror: Path, served: tuple[str, list[str | None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

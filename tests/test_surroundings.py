@@ -1,6 +1,7 @@
 """What a system lacks is one sentence; what the code lacks keeps its traceback."""
 
 import errno
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,37 @@ def test_a_full_disk_is_named(error: OSError, tmp_path: Path, monkeypatch: pytes
     said = CliRunner().invoke(app).output
     assert said.startswith(f"error: {error.filename}: No space left on device;") and not list(Path("data").iterdir())
     assert error.filename in ("data/x", "elsewhere")
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_cache_without_room_is_named_before_the_training_is_forgotten(
+    elsewhere: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen failing: DVC printed "failed to transfer" and exited with 0; the next `dvc repro` trained again.
+
+    With a small file system of its own as the cache, `dvc repro` itself was tried: it fails, and goes on when there is room.
+    """
+    monkeypatch.chdir(tmp_path)
+    cache = tmp_path / ("shared" if elsewhere else ".dvc/cache")
+    cache.mkdir(parents=True)
+    if elsewhere:
+        (tmp_path / ".dvc").mkdir()
+        (tmp_path / ".dvc/config.local").write_text(f"[cache]\n    dir = {cache}\n")
+    room = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room if Path(path) == cache else pytest.fail(f"{path}"))
+
+    def write(size: int) -> None:
+        with files.whole(Path("models/x")) as folder:
+            folder.mkdir()
+            (folder / "weights").write_bytes(bytes(size))
+
+    write(2000)  # without DVC, nothing goes to its cache
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    write(900)
+    with pytest.raises(OSError) as caught:
+        write(1100)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(cache))
+    assert Path("models/x/weights").stat().st_size == 900 and len(list(Path("models").iterdir())) == 1
 
 
 @pytest.mark.parametrize("error", [
