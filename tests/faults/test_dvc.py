@@ -92,10 +92,16 @@ def killed(dvc: Dvc) -> None:
     dvc.kill()
 
 
+class TooLate(Exception):
+    """On a busy machine, the training has ended before the signal was sent."""
+
+
 def stopped(dvc: Dvc) -> None:
     """Ctrl-C reaches every process of a terminal."""
     os.killpg(dvc.process.pid, signal.SIGINT)
     dvc.wait()
+    if "best at meta-step" in dvc.said and "stopped" not in dvc.said:
+        raise TooLate
     (line,) = [line for line in dvc.said.splitlines() if "stopped" in line]
     assert re.search("the same command (goes on|starts again)", line) and "Traceback" not in dvc.said, "not told how to go on"
 
@@ -160,7 +166,12 @@ def test_the_same_command_again(
     with table.of("", fault) as trials:
         for number in range(TIMES):
             with trials.trial(f"trial {number}"):
-                nothing_lost(trained[0], tmp_path / str(number) / "project", how, trained[1])
+                for attempt in range(10):
+                    with contextlib.suppress(TooLate):
+                        nothing_lost(trained[0], tmp_path / f"{number}-{attempt}" / "project", how, trained[1])
+                        break
+                else:
+                    raise AssertionError("ten times too late")
 
 
 def shallow(base: Path, folder: Path) -> None:
